@@ -1,0 +1,496 @@
+"""From a file's short forms to the one explicit form: `load_spec` gives a `ModelSpec` or every fault at once.
+
+Short forms: any per-layer key as one value or a list of one value per layer; `per_layer_config` (Hugging Face's sparse
+overrides); a `width` profile; `expansion` instead of `intermediate_size`; head sizes that follow the width. Each resolved
+value remembers the key it came from, so an error points at the line a person wrote.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from scantling import hf_config
+from scantling.cost import ffn_weights, layer_rows, total
+from scantling.errors import InputError, suggest
+from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths
+from scantling.spec import LayerSpec, ModelSpec
+from scantling.yamlio import Document, KeyPath, dumps, from_mapping, load, show
+
+SPEC_KEYS = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "embedding_size", "unembedding_size")
+LAYER_KEYS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "v_head_dim",
+    "attention_bias",
+    "attention_multiplier",
+    "position",
+    "norm",
+    "ffn",
+)
+LAYER_SHORT_FORMS = ("intermediate_size", "hidden_act", "mlp_bias", "rope_theta", "rms_norm_eps")
+MODEL_SHORT_FORMS = ("num_hidden_layers", "per_layer_config", "width", "transition", "final_norm")
+KNOWN = (*SPEC_KEYS, *LAYER_KEYS, *LAYER_SHORT_FORMS, *MODEL_SHORT_FORMS)
+MAX_LAYERS = 4096
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_spec(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ModelSpec:
+    """The model a YAML file or a Hugging Face `config.json` describes.
+
+    Args:
+        path: the file. A file with a `model:` section (a run) gives that section's model.
+        overrides: `key=value` texts, as `--set` takes them.
+
+    Raises:
+        InputError: every fault found, each with file, line, key, what was expected and what came.
+    """
+    document = load(path, overrides)
+    if "vocab_size" not in document.value and isinstance(document.value.get("model"), dict):
+        document = document.section("model")
+    return resolve(document)
+
+
+def spec_from(mapping: dict[str, Any], source: str = "<mapping>") -> ModelSpec:
+    """As `load_spec`, from a mapping made in Python."""
+    return resolve(from_mapping(mapping, source))
+
+
+def resolve(document: Document) -> ModelSpec:
+    """The explicit form of a loaded document."""
+    return _Resolver(hf_config.translate(document)).model()
+
+
+class _Resolver:
+    """One document on its way to a spec: collects faults instead of stopping at the first."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.value = document.value
+        self.faults: list[str] = []
+        self.depth = 0
+
+    # --- the whole model -------------------------------------------------------------------------------------------
+
+    def model(self) -> ModelSpec:
+        for key in self.value:
+            if key not in KNOWN:
+                self.fault((key,), f"unknown key{suggest(str(key), KNOWN)}")
+        self.depth = self.layer_count()
+        overrides = self.layer_overrides()
+        for key in (*LAYER_KEYS, *LAYER_SHORT_FORMS):
+            self.check_lengths(self.value.get(key), (key,))
+        profile = self.width_profile()
+        widths = self.profile_widths(profile, overrides) if profile and not self.faults else None
+        layers = [self.layer(index, overrides, widths[index] if widths else None) for index in range(self.depth)]
+        fields: dict[str, Any] = {key: self.value[key] for key in SPEC_KEYS if self.value.get(key) is not None}
+        sources: dict[str, KeyPath] = {key: (key,) for key in fields}
+        if self.value.get("transition") is not None:
+            transition = self.value["transition"]
+            fields["transition"] = {"kind": transition} if isinstance(transition, str) else transition
+        if self.value.get("final_norm") is not None:
+            fields["final_norm"] = self.value["final_norm"]
+        elif not isinstance(eps := self.value.get("rms_norm_eps"), list | None) and not isinstance(eps, bool):
+            fields["final_norm"] = {"kind": "rms_norm", "eps": eps}
+            sources["final_norm"] = ("rms_norm_eps",)
+        resolved = [layer for layer in layers if layer is not None]
+        if len(resolved) == len(layers) > 0:
+            self.end_widths(fields, profile, widths, resolved)
+            fields["layers"] = resolved
+        else:
+            # the layers are wrong; check the rest around a stand-in so that all faults show at once
+            fields |= {"layers": [_STAND_IN], "embedding_size": 2, "unembedding_size": 2, "transition": None}
+        spec = self.validate(ModelSpec, fields, sources)
+        if self.faults or spec is None:
+            raise InputError(*dict.fromkeys(self.faults))
+        return spec
+
+    def end_widths(
+        self, fields: dict[str, Any], profile: WidthProfile | None, widths: list[int] | None, layers: list[LayerSpec]
+    ) -> None:
+        """Embedding and unembedding widths, where the file does not give them."""
+        width_in, width_out = layers[0].hidden_size, layers[-1].hidden_size
+        if profile is not None and widths is not None:
+            width_in, width_out = _end_widths(profile, self.value["hidden_size"], widths)
+        fields.setdefault("embedding_size", width_in)
+        fields.setdefault("unembedding_size", width_out)
+
+    def layer_count(self) -> int:
+        count = self.value.get("num_hidden_layers")
+        if count is None:
+            self.fault((), "required key num_hidden_layers is missing")
+            return 0
+        if isinstance(count, bool) or not isinstance(count, int | float) or count != int(count) or count < 1:
+            self.fault(("num_hidden_layers",), f"expected a whole number above 0, got {show(count)}")
+            return 0
+        if count > MAX_LAYERS:
+            self.fault(("num_hidden_layers",), f"expected at most {MAX_LAYERS} layers, got {show(count)}")
+            return 0
+        return int(count)
+
+    def layer_overrides(self) -> dict[int, dict[str, Any]]:
+        """`per_layer_config`: {layer index: {key: value}}, indices checked."""
+        given = self.value.get("per_layer_config")
+        if given is None:
+            return {}
+        if not isinstance(given, dict):
+            self.fault(("per_layer_config",), f"expected a mapping from layer index to keys, got {show(given)}")
+            return {}
+        known = (*LAYER_KEYS, *LAYER_SHORT_FORMS)
+        result: dict[int, dict[str, Any]] = {}
+        for key, changes in given.items():
+            path: KeyPath = ("per_layer_config", key)
+            index = int(key) if isinstance(key, str) and key.isdigit() else key
+            if not isinstance(index, int) or not 0 <= index < self.depth:
+                if self.depth:
+                    self.fault(path, f"expected a layer index from 0 to {self.depth - 1}, got {show(key)}")
+            elif not isinstance(changes, dict):
+                self.fault(path, f"expected a mapping of this layer's keys, got {show(changes)}")
+            else:
+                for name in changes:
+                    if name not in known:
+                        self.fault((*path, name), f"unknown key{suggest(str(name), known)}")
+                result[index] = {name: (value, (*path, name)) for name, value in changes.items()}
+        return result
+
+    def check_lengths(self, value: Any, path: KeyPath) -> None:
+        """Every list under a per-layer key holds one value per layer."""
+        if isinstance(value, list) and self.depth and len(value) != self.depth:
+            self.fault(path, f"expected one value or one per layer ({self.depth}), got {len(value)} values")
+        if isinstance(value, dict):
+            for key, item in value.items():
+                self.check_lengths(item, (*path, key))
+
+    # --- one layer -------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int, overrides: dict[int, dict[str, Any]], width: int | None = None) -> LayerSpec | None:
+        """Layer `index` in explicit form; None (with faults noted) when it cannot be."""
+        raw: dict[str, Any] = {}
+        sources: dict[str, KeyPath] = {}
+        unusable: set[str] = set()
+        for key in (*LAYER_KEYS, *LAYER_SHORT_FORMS):
+            value, path = overrides.get(index, {}).get(key, (self.value.get(key), (key,)))
+            if path == (key,):
+                if isinstance(value, list) and len(value) != self.depth:
+                    unusable.add(key)  # its length is already a fault
+                    continue
+                if isinstance(value, list):
+                    value, path = value[index], (key, index)
+                else:
+                    value = _at_layer(value, index, self.depth)
+            if value is not None:
+                raw[key], sources[key] = value, path
+        if width is not None and sources.get("hidden_size") == ("hidden_size",):
+            raw["hidden_size"] = width
+        self.fill_heads(raw, sources, unusable)
+        self.fill_ffn(raw, sources, unusable)
+        if "rope_theta" in raw:
+            raw.setdefault("position", {"kind": "rope", "rope_theta": raw["rope_theta"]})
+            sources.setdefault("position", sources["rope_theta"])
+        if "rms_norm_eps" in raw:
+            raw.setdefault("norm", {"kind": "rms_norm", "eps": raw["rms_norm_eps"]})
+            sources.setdefault("norm", sources["rms_norm_eps"])
+        if isinstance(raw.get("position"), str):
+            raw["position"] = {"kind": raw["position"]}
+        fields = {key: raw[key] for key in LAYER_KEYS if key in raw}
+        return self.validate(LayerSpec, fields, sources, unusable)
+
+    def fill_heads(self, raw: dict[str, Any], sources: dict[str, KeyPath], unusable: set[str]) -> None:
+        """num_key_value_heads = num_attention_heads; head_dim = hidden_size / heads; v_head_dim = head_dim."""
+        width, heads = _size(raw.get("hidden_size")), _size(raw.get("num_attention_heads"))
+        if heads and "num_key_value_heads" not in unusable:
+            raw.setdefault("num_key_value_heads", heads)
+            sources.setdefault("num_key_value_heads", sources["num_attention_heads"])
+        if "head_dim" not in raw:
+            if width and heads and width % heads == 0:
+                raw["head_dim"], sources["head_dim"] = width // heads, sources["hidden_size"]
+            else:
+                unusable.add("head_dim")
+                if width and heads:
+                    self.fault(
+                        sources["hidden_size"],
+                        f"hidden_size {width} is not a multiple of {heads} heads; give head_dim or another width",
+                    )
+        if _size(raw.get("head_dim")):
+            raw.setdefault("v_head_dim", raw["head_dim"])
+            sources.setdefault("v_head_dim", sources["head_dim"])
+        else:
+            unusable.add("v_head_dim")
+        unusable |= {key for key in ("num_attention_heads", "num_key_value_heads") if key in raw and not heads}
+
+    def fill_ffn(self, raw: dict[str, Any], sources: dict[str, KeyPath], unusable: set[str]) -> None:
+        """The explicit feed-forward from `ffn` and the short forms around it."""
+        given = raw.get("ffn")
+        if given is None:
+            if "intermediate_size" not in raw:
+                if "intermediate_size" not in unusable:
+                    self.fault((), "required key intermediate_size (or ffn) is missing")
+                unusable.add("ffn")
+                return
+            sources["ffn"] = sources["intermediate_size"]
+            raw["ffn"] = {"kind": "dense", **self.ffn_short_forms(raw)}
+        elif isinstance(given, dict):
+            raw["ffn"] = self.explicit_ffn(given, raw, sources["ffn"], unusable)
+
+    @staticmethod
+    def ffn_short_forms(raw: dict[str, Any]) -> dict[str, Any]:
+        names = {"intermediate_size": "intermediate_size", "hidden_act": "hidden_act", "mlp_bias": "bias"}
+        return {name: raw[key] for key, name in names.items() if key in raw}
+
+    def explicit_ffn(
+        self, given: dict[str, Any], raw: dict[str, Any], path: KeyPath, unusable: set[str]
+    ) -> dict[str, Any]:
+        """`expansion` x width becomes intermediate_size; the short forms beside `ffn` fill what it leaves out."""
+        if given.get("kind") == "moe":
+            expert = given.get("expert")
+            if not isinstance(expert, dict):
+                return given
+            return {**given, "expert": self.explicit_ffn(expert, raw, (*path, "expert"), unusable)}
+        ffn = {**self.ffn_short_forms(raw), **given}
+        expansion = ffn.pop("expansion", None)
+        width = _size(raw.get("hidden_size"))
+        if "intermediate_size" in given and expansion is not None:
+            self.fault((*path, "expansion"), "give expansion or intermediate_size, not both")
+        elif expansion is not None:
+            if isinstance(expansion, bool) or not isinstance(expansion, int | float) or not expansion > 0:
+                self.fault((*path, "expansion"), f"expected a number above 0, got {show(expansion)}")
+                unusable.add("ffn")
+            elif width:
+                ffn["intermediate_size"] = max(1, round(expansion * width))
+            else:
+                unusable.add("ffn")
+        return ffn
+
+    # --- width profiles --------------------------------------------------------------------------------------------
+
+    def width_profile(self) -> WidthProfile | None:
+        given = self.value.get("width")
+        if given is None:
+            return None
+        if not isinstance(given, dict):
+            self.fault(
+                ("width",),
+                f"expected a mapping such as {{profile: geometric, bottleneck_ratio: 0.3}}, got {show(given)}",
+            )
+            return None
+        if isinstance(self.value.get("hidden_size"), list):
+            self.fault(("width",), "with a width profile, hidden_size is one number: the width of the uniform baseline")
+        profile = self.validate(WidthProfile, given, {key: ("width", key) for key in given}, where=("width",))
+        if profile and self.depth:
+            try:
+                profile.steps(self.depth)
+            except ValueError as error:
+                self.fault(("width",), str(error))
+        return profile
+
+    def profile_widths(self, profile: WidthProfile, overrides: dict[int, dict[str, Any]]) -> list[int]:
+        """One width per layer, matched as the profile asks."""
+        base = self.value.get("hidden_size")
+        if not _size(base):
+            self.fault(("hidden_size",), f"expected a whole number, got {show(base)}")
+            return [2] * self.depth
+        baseline = [self.layer(index, overrides, base) for index in range(self.depth)]
+        complete = [layer for layer in baseline if layer is not None]
+        vocab = _size(self.value.get("vocab_size"))
+        if len(complete) < self.depth or not vocab:
+            return [base] * self.depth
+        step = profile.quantize_to or math.lcm(*(2 * layer.num_attention_heads for layer in complete))
+        try:
+            if profile.match in ("published", "none"):
+                return published_widths(profile, _accounting(complete[0], vocab, base, self.depth), step).widths
+            measure = self.measure(profile, overrides, vocab, base)
+            return matched_widths(profile, self.depth, base, step, measure)
+        except ValueError as error:
+            self.fault(("width",), str(error))
+            return [base] * self.depth
+
+    def measure(
+        self, profile: WidthProfile, overrides: dict[int, dict[str, Any]], vocab: int, base: int
+    ) -> Callable[[list[int]], float]:
+        """The exact count that `match` names, as a function of the widths: a sum over layers and the two ends."""
+        context = self.value.get("max_position_embeddings") or ModelSpec.model_fields["max_position_embeddings"].default
+        tied = bool(self.value.get("tie_word_embeddings", False))
+
+        @cache
+        def layer_measure(index: int, width: int) -> float:
+            layer = self.layer(index, overrides, width)
+            if layer is None:
+                raise ValueError(
+                    f"no valid layer of width {width}; see the other faults, or choose another quantize_to"
+                )
+            table = layer_rows(layer, index)
+            if profile.match == "kv_bytes":
+                return float(total(table, "kv_elements"))
+            if profile.match == "flops":
+                return float(total(table, "matmul_flops") + context * total(table, "score_flops"))
+            return float(total(table, "params"))
+
+        def measure(widths: list[int]) -> float:
+            width_in, width_out = _end_widths(profile, base, widths)
+            tables = {
+                "allocated": vocab * (width_in + (0 if tied else width_out)) + widths[-1],
+                "flops": 2 * vocab * width_out,
+                "kv_bytes": 0,
+            }
+            return tables[profile.match] + sum(layer_measure(index, width) for index, width in enumerate(widths))
+
+        return measure
+
+    # --- faults ----------------------------------------------------------------------------------------------------
+
+    def fault(self, path: KeyPath, message: str) -> None:
+        self.faults.append(self.document.fault(path, message))
+
+    def validate(
+        self,
+        model: type[Model],
+        fields: dict[str, Any],
+        sources: dict[str, KeyPath],
+        unusable: AbstractSet[str] = frozenset(),
+        where: KeyPath = (),
+    ) -> Model | None:
+        """Validate; on error note one fault per complaint, at the line its value was written in.
+
+        Fields in `unusable` are missing because of a fault already noted; their absence is not another one.
+        """
+        try:
+            return model.model_validate(fields)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                loc = item["loc"]
+                field = str(loc[0]) if loc else ""
+                if item["type"] == "missing" and field in unusable:
+                    continue
+                path = (*sources.get(field, (*where, field)), *_written(loc[1:])) if field else where
+                self.fault(path, plain_message(item))
+            return None
+
+
+def plain_message(error: Any) -> str:
+    """pydantic's complaint in our words: what was expected, what came."""
+    kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "missing":
+        return "required key is missing"
+    if kind == "extra_forbidden":
+        return "unknown key"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = context.get("expected_tags") or "one of the documented kinds"
+        return f"unknown kind, expected one of {expected}, got {show(context.get('tag', value))}"
+    if kind == "literal_error":
+        return f"expected {context['expected']}, got {show(value)}"
+    return f"{error['msg'].replace('Input should be', 'expected')}, got {show(value)}"
+
+
+def _written(loc: tuple[int | str, ...]) -> KeyPath:
+    """Drop the union tags that pydantic puts into a location; they are not keys of the file."""
+    tags = {
+        "dense",
+        "low_rank",
+        "block_shuffle",
+        "block_dense",
+        "moe",
+        "rope",
+        "none",
+        "rms_norm",
+        "carry_forward",
+        "zero",
+    }
+    return tuple(part for part in loc if part not in tags)
+
+
+def _at_layer(value: Any, index: int, depth: int) -> Any:
+    """A mapping whose lists are per-layer values, at one layer."""
+    if isinstance(value, dict):
+        return {key: _at_layer(item, index, depth) for key, item in value.items()}
+    if isinstance(value, list):
+        return value[index] if len(value) == depth else value
+    return value
+
+
+def _size(value: Any) -> int:
+    """The value as a usable size, or 0."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or value != value
+        or value < 1
+        or value != int(value)
+    ):
+        return 0
+    return int(value)
+
+
+def _end_widths(profile: WidthProfile, base: int, widths: list[int]) -> tuple[int, int]:
+    width_in = base if profile.original_input_width else widths[0]
+    width_out = base if profile.original_output_width else max(widths) if profile.wide_unembedding else widths[-1]
+    return width_in, width_out
+
+
+def _accounting(layer: LayerSpec, vocab: int, width: int, depth: int) -> Accounting:
+    """The authors' counts for a baseline layer of `width`."""
+    if layer.ffn.kind == "moe":
+        experts = layer.ffn.num_local_experts
+        share = experts * layer.ffn.expert.intermediate_size / width
+        return Accounting(
+            vocab,
+            width,
+            depth,
+            ffn=experts * ffn_weights(layer.ffn.expert, width) / width**2,
+            down=share,
+            experts=experts,
+        )
+    down = layer.ffn.intermediate_size / width
+    return Accounting(vocab, width, depth, ffn=ffn_weights(layer.ffn, width) / width**2, down=down)
+
+
+_STAND_IN = LayerSpec.model_validate(
+    {
+        "hidden_size": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "v_head_dim": 2,
+        "ffn": {"kind": "dense", "intermediate_size": 1},
+    }
+)
+
+
+# --- back to a file ----------------------------------------------------------------------------------------------------
+
+
+def to_mapping(spec: ModelSpec) -> dict[str, Any]:
+    """The resolved spec as the mapping `resolve` reads back: one value where all layers agree, else a list."""
+    data = spec.dump()
+    layers = data.pop("layers")
+    merged = {
+        key: _merge([layer.get(key) for layer in layers]) for key in LAYER_KEYS if any(key in layer for layer in layers)
+    }
+    order = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "embedding_size", "unembedding_size")
+    head = {key: data.pop(key) for key in order if key in data}
+    return {**head, "num_hidden_layers": spec.num_hidden_layers, **merged, **data}
+
+
+def _merge(values: list[Any]) -> Any:
+    """One value per layer as briefly as the file form allows."""
+    if all(json.dumps(value, sort_keys=True) == json.dumps(values[0], sort_keys=True) for value in values):
+        return values[0]
+    if all(isinstance(value, dict) and value.keys() == values[0].keys() for value in values):
+        kinds = {value.get("kind") for value in values}
+        if len(kinds) == 1:
+            return {key: _merge([value[key] for value in values]) for key in values[0]}
+    return values
+
+
+def to_yaml(spec: ModelSpec) -> str:
+    """The resolved spec as YAML text; `load_spec` of it gives an equal spec."""
+    return dumps(to_mapping(spec))

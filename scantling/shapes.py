@@ -1,0 +1,343 @@
+"""Width profiles: from a few numbers to one width per layer, matched to a uniform baseline.
+
+The "><former" family of arXiv 2606.18246: widths fall geometrically (or arithmetically) to a turn layer and rise again.
+A profile fixes the *relative* widths; matching fixes the scale, either with the authors' own accounting (`published`) or
+exactly, against any measured quantity of the resolved model (`resolve.py` passes it in as a function of the widths).
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from scantling.spec import Frozen, Positive, Real, Size
+
+Match = Literal["allocated", "flops", "kv_bytes", "published", "none"]
+
+
+class WidthProfile(Frozen):
+    """One width per layer from a turn layer and a ratio.
+
+    Attributes:
+        profile: `geometric` (each width is a multiple of the one before) or `arithmetic` (each adds a share of the first).
+        bottleneck_ratio: narrowest width / hidden_size, in (0, 1]; geometric only.
+        expansion_factor, reduction_factor: the multiples before and after the turn; a missing one follows from the other.
+        delta, delta_neg: the added shares before and after the turn; a missing one follows from the other.
+        turn_layer: 1-based layer where the profile turns; default 3/4 of the depth.
+        symmetric: the last layer is as wide as the first.
+        duplicate_turn_layer: the layer after the turn repeats its width.
+        quantize_to: widths are multiples of this; default 2 x num_attention_heads (even heads, as RoPE needs).
+        match: what stays equal to the uniform baseline of width hidden_size: `allocated` parameters, `flops`, `kv_bytes`,
+            the authors' `published` accounting, or `none` (then give base_width).
+        round_base: published matching only; true rounds the base width first, as the released code; false as the paper.
+        base_width: the first width, when it is not to be solved.
+        permute: shuffle the widths with this seed, or "sort" / "rsort"; ends stay unless permute_all.
+        original_input_width, original_output_width: embedding / unembedding keep hidden_size (else the width of the
+            first / last layer); wide_unembedding: the unembedding has the widest layer's width.
+    """
+
+    profile: Literal["geometric", "arithmetic"] = "geometric"
+    bottleneck_ratio: Real | None = Field(default=None, gt=0, le=1)
+    expansion_factor: Positive | None = None
+    reduction_factor: Positive | None = None
+    delta: Real | None = None
+    delta_neg: Real | None = None
+    turn_layer: Size | None = None
+    symmetric: bool = True
+    duplicate_turn_layer: bool = False
+    quantize_to: Size | None = None
+    match: Match = "allocated"
+    round_base: bool = True
+    base_width: Size | None = None
+    permute: int | Literal["sort", "rsort"] | None = None
+    permute_all: bool = False
+    original_input_width: bool = True
+    original_output_width: bool = True
+    wide_unembedding: bool = False
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        geometric = [self.bottleneck_ratio, self.expansion_factor, self.reduction_factor]
+        arithmetic = [self.delta, self.delta_neg]
+        wanted, other = (geometric, arithmetic) if self.profile == "geometric" else (arithmetic, geometric)
+        names = {
+            "geometric": "bottleneck_ratio, or expansion_factor and/or reduction_factor",
+            "arithmetic": "delta and/or delta_neg",
+        }
+        if all(value is None for value in wanted):
+            raise ValueError(f"a {self.profile} profile needs {names[self.profile]}")
+        if any(value is not None for value in other):
+            raise ValueError(f"a {self.profile} profile takes {names[self.profile]}, not the other family's keys")
+        if self.bottleneck_ratio is not None and (self.expansion_factor or self.reduction_factor or self.base_width):
+            raise ValueError("bottleneck_ratio is solved for; give it alone, without factors or base_width")
+        if self.match == "none" and self.base_width is None:
+            raise ValueError("match: none needs a base_width")
+        if self.wide_unembedding and self.original_output_width:
+            raise ValueError("wide_unembedding needs original_output_width: false")
+        if self.permute_all and not (self.original_input_width and self.original_output_width):
+            raise ValueError("permute_all needs original_input_width and original_output_width")
+        return self
+
+    def steps(self, depth: int) -> tuple[int, int, int]:
+        """Turn layer k, growth-side steps G = k - 1 and second-side steps S.
+
+        Raises:
+            ValueError: the turn layer does not fit into the depth.
+        """
+        turn = self.turn_layer if self.turn_layer is not None else max(1, round(0.75 * depth))
+        second = depth - turn - (1 if self.duplicate_turn_layer else 0)
+        if turn > depth or second < 0:
+            raise ValueError(f"turn_layer {turn} does not fit into {depth} layers")
+        return turn, turn - 1, second
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Resolved relative change per step before and after the turn (a factor, or a share of the base width)."""
+
+    before: float
+    after: float
+
+
+def slope_of(profile: WidthProfile, depth: int) -> Slope:
+    """The given slopes, a missing partner filled in: symmetric ends if asked and possible, else reciprocal / negative."""
+    _, growth, second = profile.steps(depth)
+    if profile.profile == "geometric":
+        first, last = profile.expansion_factor, profile.reduction_factor
+        if first is None and last is not None:
+            first = last ** (-second / growth) if profile.symmetric and growth else 1 / last
+        if last is None and first is not None:
+            last = first ** (-growth / second) if profile.symmetric and second else 1 / first
+    else:
+        first, last = profile.delta, profile.delta_neg
+        if first is None and last is not None:
+            first = -last * second / growth if profile.symmetric and growth else -last
+        if last is None and first is not None:
+            last = -first * growth / second if profile.symmetric and second else -first
+    assert first is not None and last is not None
+    return Slope(first, last)
+
+
+def ratio_slope(profile: WidthProfile, depth: int, x: float) -> Slope:
+    """The geometric slopes that one unknown x in (0, 1] stands for while a bottleneck ratio is solved (sheet 1.4)."""
+    _, growth, second = profile.steps(depth)
+    if growth == 0:
+        return Slope(1.0, 1 / x if second else 1.0)
+    if second == 0:
+        return Slope(x, 1.0)
+    return Slope(x, x ** (-growth / second) if profile.symmetric else 1 / x)
+
+
+def continuous(profile: WidthProfile, depth: int, slope: Slope, base: float) -> list[float]:
+    """Unrounded widths, by repeated multiplication or addition from `base`."""
+    turn, _, _ = profile.steps(depth)
+    widths = [float(base)]
+    for layer in range(2, depth + 1):
+        if profile.duplicate_turn_layer and layer == turn + 1:
+            widths.append(widths[-1])
+        else:
+            step = slope.before if layer <= turn else slope.after
+            widths.append(widths[-1] * step if profile.profile == "geometric" else widths[-1] + base * step)
+    return widths
+
+
+def quantize(widths: list[float], step: int) -> list[int]:
+    """Multiples of `step`, half to even, at least one step."""
+    return [max(1, round(width / step)) * step for width in widths]
+
+
+def permuted(profile: WidthProfile, widths: list[int]) -> list[int]:
+    """The widths in their final order."""
+    if profile.permute is None:
+        return widths
+    ends = not profile.permute_all and len(widths) > 2
+    middle = widths[1:-1] if ends else list(widths)
+    if profile.permute == "sort":
+        middle.sort()
+    elif profile.permute == "rsort":
+        middle.sort(reverse=True)
+    else:
+        random.Random(profile.permute).shuffle(middle)
+    return [widths[0], *middle, widths[-1]] if ends else middle
+
+
+# --- matching with the authors' accounting (sheet 1.2 - 1.4) -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What the authors' solver counts: untied tables, 4 d^2 attention, gated FFN of `expansion` x d (or experts), no norms.
+
+    Attributes:
+        vocab_size, hidden_size, depth: of the uniform baseline.
+        ffn: feed-forward parameters of a layer / d^2 (12 for a gated FFN of expansion 4).
+        down: the part of it in the down-projections / d^2 (4, or experts x expert ratio).
+        experts: number of routed experts, 0 for dense (the router adds experts x d per layer).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    depth: int
+    ffn: float
+    down: float
+    experts: int = 0
+
+    @property
+    def per_width_squared(self) -> float:
+        return 4 + self.ffn
+
+    @property
+    def baseline(self) -> float:
+        """P_base = 2 v h + K L h^2 (+ experts L h)."""
+        width, depth = self.hidden_size, self.depth
+        body = self.per_width_squared * depth * width**2 + self.experts * depth * width
+        return 2 * self.vocab_size * width + body
+
+
+def solve_base(profile: WidthProfile, account: Accounting, relative: list[float], legacy: bool) -> float:
+    """The base width b that makes the authors' count of the profile equal to the baseline (sheet 1.3).
+
+    Solves A b^2 + B b + C = 0 under each hypothesis about endpoint waste and takes the first root that agrees with it.
+    `legacy`: the released code's older rule for explicit factors (waste only when both ends are wider).
+    """
+    width, vocab = account.hidden_size, account.vocab_size
+    keep_in, keep_out = profile.original_input_width, profile.original_output_width
+    first_sum, square_sum = sum(relative), sum(c * c for c in relative)
+    end, widest = relative[-1], max(relative)
+    out = 0.0 if keep_out else widest if profile.wide_unembedding else end
+
+    def roots(waste_in: bool, waste_out: bool) -> Iterator[float]:
+        a = account.per_width_squared * square_sum - 3 * waste_in - account.down * end**2 * waste_out
+        b = vocab * ((not keep_in) + out) + account.experts * first_sum
+        b += 3 * width * waste_in + account.down * width * end * waste_out
+        c = vocab * width * (keep_in + keep_out) - account.baseline
+        inside = b * b - 4 * a * c
+        if inside >= 0 and a:
+            yield (-b + math.sqrt(inside)) / (2 * a)
+            yield (-b - math.sqrt(inside)) / (2 * a)
+
+    hypotheses = [(i, o) for i in (False, True) for o in (False, True) if (keep_in or not i) and (keep_out or not o)]
+    if legacy:
+        hypotheses = [(True, True)] if keep_in and keep_out else []
+    for waste_in, waste_out in hypotheses:
+        for base in roots(waste_in, waste_out):
+            agrees_in = not keep_in or (base > width) == waste_in
+            agrees_out = not keep_out or (base * end > width) == waste_out
+            if base > 0 and agrees_in and agrees_out:
+                return base
+    return next(roots(False, False))
+
+
+def published_slope(profile: WidthProfile, account: Accounting) -> Slope:
+    """The slopes for a bottleneck ratio, with the authors' bisection (sheet 1.4): at most 80 steps, 1e-6 relative."""
+    depth, target = account.depth, (profile.bottleneck_ratio or 1.0) * account.hidden_size
+    tolerance = 1e-6 * max(1.0, target)
+
+    def error(x: float) -> float:
+        relative = continuous(profile, depth, ratio_slope(profile, depth, x), 1.0)
+        return solve_base(profile, account, relative, legacy=False) * min(relative) - target
+
+    if abs(error(1.0)) <= tolerance:
+        return Slope(1.0, 1.0)
+    low, high = 0.5, 1.0
+    while error(low) > 0:
+        low /= 2
+        if low < 1e-6:
+            raise ValueError(f"no profile reaches bottleneck_ratio {profile.bottleneck_ratio}; choose one nearer to 1")
+    for _ in range(80):
+        middle = (low + high) / 2
+        miss = error(middle)
+        if abs(miss) <= tolerance:
+            return ratio_slope(profile, depth, middle)
+        low, high = (low, middle) if miss > 0 else (middle, high)
+    return ratio_slope(profile, depth, (low + high) / 2)
+
+
+@dataclass(frozen=True)
+class PublishedWidths:
+    """Every stage of the authors' schedule, as their oracle records it."""
+
+    slope: Slope
+    base_continuous: float
+    base: int
+    unrounded: list[float]
+    widths: list[int]
+
+
+def published_widths(profile: WidthProfile, account: Accounting, step: int) -> PublishedWidths:
+    """Widths by the authors' accounting; the base width is rounded first as in their code, or not, as in the paper."""
+    depth = account.depth
+    solved = profile.bottleneck_ratio is not None
+    slope = published_slope(profile, account) if solved else slope_of(profile, depth)
+    relative = continuous(profile, depth, slope, 1.0)
+    base = (
+        float(profile.base_width) if profile.base_width else solve_base(profile, account, relative, legacy=not solved)
+    )
+    start = round(base) if profile.round_base else base
+    unrounded = continuous(profile, depth, slope, start)
+    widths = permuted(profile, quantize(unrounded, step))
+    return PublishedWidths(slope, base, round(base), unrounded, widths)
+
+
+# --- exact matching ----------------------------------------------------------------------------------------------------
+
+
+def matched_widths(
+    profile: WidthProfile, depth: int, width: int, step: int, measure: Callable[[list[int]], float]
+) -> list[int]:
+    """Quantised widths whose `measure` is as near as possible to that of `depth` layers of `width`.
+
+    One unknown scales the profile (with a bottleneck ratio, the steepness; the narrowest width then is the ratio x width
+    by construction); the measure only grows with it, so a bisection brackets the target. The nearer side is then refined
+    by moving single layers one step while that helps, keeping the ends equal and the narrowest layer narrowest.
+
+    Args:
+        measure: an exact count of the model with these widths (parameters, FLOPs, KV bytes).
+    """
+    target = measure([width] * depth)
+
+    def at(x: float) -> list[int]:
+        if profile.bottleneck_ratio is None:
+            return quantize(continuous(profile, depth, slope_of(profile, depth), x * width), step)
+        slope = ratio_slope(profile, depth, 1 / x)
+        narrowest = min(continuous(profile, depth, slope, 1.0))
+        return quantize(continuous(profile, depth, slope, profile.bottleneck_ratio * width / narrowest), step)
+
+    low, high = (1.0, 2.0) if profile.bottleneck_ratio is not None else (0.01, 1.0)
+    while measure(at(high)) < target:
+        low, high = high, high * 1.5
+        if high > 1e4:
+            raise ValueError("no width profile of this form reaches the baseline's size")
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(at(middle)) < target else (low, middle)
+    best = min((at(low), at(high)), key=lambda widths: abs(measure(widths) - target))
+    return permuted(profile, _refined(best, step, lambda widths: abs(measure(widths) - target)))
+
+
+def _refined(widths: list[int], step: int, miss: Callable[[list[int]], float]) -> list[int]:
+    """Greedy single-layer moves of one step that lower `miss`; inner layers only, profile order kept."""
+    best, best_miss = widths, miss(widths)
+    for _ in range(4 * len(widths)):
+        moves = []
+        for index in range(1, len(best) - 1):
+            for change in (step, -step):
+                moved = [*best[:index], best[index] + change, *best[index + 1 :]]
+                if moved[index] >= min(best) and _same_order(best, moved):
+                    moves.append(moved)
+        if not moves:
+            return best
+        candidate = min(moves, key=miss)
+        if miss(candidate) >= best_miss:
+            return best
+        best, best_miss = candidate, miss(candidate)
+    return best
+
+
+def _same_order(before: list[int], after: list[int]) -> bool:
+    """No rise became a fall or a fall a rise between neighbours."""
+    pairs = zip(zip(before, before[1:], strict=False), zip(after, after[1:], strict=False), strict=True)
+    return all((b - a) * (d - c) >= 0 for (a, b), (c, d) in pairs)
