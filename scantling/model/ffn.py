@@ -1,0 +1,155 @@
+"""Feed-forward layers: dense, low-rank, block-shuffle, block-dense (gated or not), and routed experts around any of them.
+
+The structured maps follow arXiv 2406.16450 section 2.1: two linear factors, no non-linearity or bias between them.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from scantling.spec import BlockDenseFFN, BlockShuffleFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class LowRankLinear(nn.Module):
+    """y = U (V x) + bias; V: rank x in, U: out x rank."""
+
+    def __init__(self, width_in: int, width_out: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.down = nn.Linear(width_in, rank, bias=False)
+        self.up = nn.Linear(rank, width_out, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
+        return self.up(self.down(x))
+
+
+class BlockDiagonal(nn.Module):
+    """num_blocks independent maps of equal size side by side. weight: (blocks, out/blocks, in/blocks)."""
+
+    def __init__(self, width_in: int, width_out: int, num_blocks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, width_out // num_blocks, width_in // num_blocks))
+
+    def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
+        blocks, out, into = self.weight.shape
+        by_block = x.reshape(-1, blocks, into).transpose(0, 1)
+        y = torch.bmm(by_block, self.weight.transpose(1, 2)).transpose(0, 1)
+        return y.reshape(*x.shape[:-1], blocks * out)
+
+
+def shuffle(x: Float[Tensor, "*batch width"], rows: int) -> Float[Tensor, "*batch width"]:
+    """Read x as (rows, width/rows), transpose, flatten."""
+    return x.unflatten(-1, (rows, -1)).transpose(-1, -2).flatten(-2)
+
+
+class BlockShuffleLinear(nn.Module):
+    """y = f^-1(U_b f(V_b x)) + bias with f the perfect shuffle; inner width min(in, out)."""
+
+    def __init__(self, width_in: int, width_out: int, num_blocks: int, bias: bool) -> None:
+        super().__init__()
+        inner = min(width_in, width_out)
+        self.num_blocks = num_blocks
+        self.down = BlockDiagonal(width_in, inner, num_blocks)
+        self.up = BlockDiagonal(inner, width_out, num_blocks)
+        self.bias = nn.Parameter(torch.empty(width_out)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
+        z = self.down(x)
+        y = shuffle(self.up(shuffle(z, z.shape[-1] // self.num_blocks)), self.num_blocks)
+        return y if self.bias is None else y + self.bias
+
+
+class BlockDenseLinear(nn.Module):
+    """y = U (V_b x) + bias; V_b block-diagonal into `rank`, U dense out of it."""
+
+    def __init__(self, width_in: int, width_out: int, rank: int, num_blocks: int, bias: bool) -> None:
+        super().__init__()
+        self.down = BlockDiagonal(width_in, rank, num_blocks)
+        self.up = nn.Linear(rank, width_out, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
+        return self.up(self.down(x))
+
+
+def linear(spec: ExpertFFN, width_in: int, width_out: int) -> nn.Module:
+    """One feed-forward linear of the spec's structure."""
+    match spec:
+        case DenseFFN():
+            return nn.Linear(width_in, width_out, bias=spec.bias)
+        case LowRankFFN():
+            return LowRankLinear(width_in, width_out, spec.rank, spec.bias)
+        case BlockShuffleFFN():
+            return BlockShuffleLinear(width_in, width_out, spec.num_blocks, spec.bias)
+        case BlockDenseFFN():
+            return BlockDenseLinear(width_in, width_out, spec.rank, spec.num_blocks, spec.bias)
+    raise AssertionError(f"no module for ffn {spec!r}")
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
+
+    A gated structured FFN is one linear to 2 x inner (gate first), so that both halves share the first factor.
+    """
+
+    def __init__(self, spec: ExpertFFN, width: int) -> None:
+        super().__init__()
+        inner = spec.intermediate_size
+        self.act = ACTIVATIONS[spec.hidden_act]
+        self.gated = spec.gated
+        if spec.gated and isinstance(spec, DenseFFN):
+            self.gate_proj = nn.Linear(width, inner, bias=spec.bias)
+            self.up_proj: nn.Module = nn.Linear(width, inner, bias=spec.bias)
+        elif spec.gated:
+            self.gate_up_proj = linear(spec, width, 2 * inner)
+        else:
+            self.up_proj = linear(spec, width, inner)
+        self.down_proj = linear(spec, inner, width)
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        if not self.gated:
+            return self.down_proj(self.act(self.up_proj(x)))
+        if hasattr(self, "gate_proj"):
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through its top-k experts, weighted by a softmax over the chosen k router logits."""
+
+    def __init__(self, spec: MoEFFN, width: int) -> None:
+        super().__init__()
+        self.chosen = spec.num_experts_per_tok
+        self.gate = nn.Linear(width, spec.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(spec.expert, width) for _ in range(spec.num_local_experts))
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        tokens = x.reshape(-1, x.shape[-1])
+        logits, chosen = self.gate(tokens).topk(self.chosen, dim=-1)
+        weights = logits.softmax(dim=-1)
+        order = chosen.flatten().argsort(stable=True)
+        routed = tokens[order // self.chosen].split(self._counts(chosen))
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, routed, strict=True)])
+        weighted = outputs * weights.flatten()[order][:, None]
+        return torch.zeros_like(tokens).index_add(0, order // self.chosen, weighted).reshape(x.shape)
+
+    def _counts(self, chosen: Tensor) -> list[int]:
+        """Tokens per expert; without data (meta device) an even split, whose cost is the same."""
+        experts = len(self.experts)
+        if chosen.is_meta:
+            each, rest = divmod(chosen.numel(), experts)
+            return [each + (index < rest) for index in range(experts)]
+        counts: list[int] = torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        return counts
+
+
+def feed_forward(spec: ExpertFFN | MoEFFN, width: int) -> nn.Module:
+    """The feed-forward module of a layer."""
+    return MixtureOfExperts(spec, width) if isinstance(spec, MoEFFN) else FeedForward(spec, width)
