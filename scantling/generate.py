@@ -1,0 +1,63 @@
+"""Text from a trained model, and its losses: what a checkpoint can do on its own."""
+
+from pathlib import Path
+
+import torch
+
+from scantling.checkpoint import load_model
+from scantling.config import load_run
+from scantling.data import Dataset, prepare
+from scantling.errors import InputError
+from scantling.evaluate import validation
+from scantling.model import Cache, Decoder
+
+
+def _opened(path: Path) -> tuple[Decoder, Dataset, Path]:
+    """The model of a run or checkpoint folder, the run's dataset, and the run folder."""
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a run folder or a checkpoint folder")
+    run = path if (path / "config.yaml").exists() else path.parent.parent
+    if not (run / "config.yaml").exists():
+        raise InputError(f"{path}: expected a run folder (with config.yaml) or a checkpoint inside one")
+    return load_model(path), prepare(load_run(run / "config.yaml").data), run
+
+
+@torch.inference_mode()
+def generate(path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Continue `prompt`, token by token with a key/value cache.
+
+    Raises:
+        InputError: no such checkpoint, an impossible setting, or a prompt the tokenizer or the context cannot hold.
+    """
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError(
+            f"expected max_new_tokens of at least 1 and temperature of at least 0, got {max_new_tokens}, {temperature}"
+        )
+    model, dataset, _ = _opened(path)
+    start = dataset.tokenizer.encode(prompt) if prompt else torch.zeros(1, dtype=torch.long).numpy()
+    capacity = len(start) + max_new_tokens
+    if capacity > model.spec.max_position_embeddings:
+        raise InputError(
+            f"prompt ({len(start)} tokens) and max_new_tokens ({max_new_tokens}) exceed the model's context of "
+            f"{model.spec.max_position_embeddings}"
+        )
+    cache, generator = Cache(model.spec, 1, capacity), torch.Generator().manual_seed(seed)
+    ids, found = torch.from_numpy(start.astype("int64"))[None], []
+    for _ in range(max_new_tokens):
+        logits = model(ids, cache)[0, -1, : dataset.vocab_size]
+        if temperature == 0:
+            token = logits.argmax()[None]
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        if token.item() == 0:  # end of document
+            break
+        found.append(int(token))
+        ids = token[None]
+    return dataset.tokenizer.decode(torch.tensor(found, dtype=torch.long).numpy())
+
+
+def evaluate_checkpoint(path: Path, max_tokens: int) -> dict[str, float]:
+    """Validation loss, its sampling error and bits per byte on the run's own validation split."""
+    model, dataset, run = _opened(path)
+    length = load_run(run / "config.yaml").train.sequence_length
+    return validation(model, dataset, length, max(1, 8192 // length), max_tokens)
