@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -241,7 +241,7 @@ def resolve_run(document: Document) -> RunConfig:
     if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
         faults.append(document.fault(("name",), f"expected a name without slashes, got {show(name)}"))
     parts: dict[str, Any] = {}
-    readers = {
+    readers: dict[str, Callable[[Document], Any]] = {
         "model": resolve,
         "data": lambda part: validated(DataConfig, part),
         "train": lambda part: validated(TrainConfig, part),
@@ -250,7 +250,7 @@ def resolve_run(document: Document) -> RunConfig:
         try:
             if key not in document.value:
                 raise InputError(document.fault((), f"required section {key} is missing"))
-            parts[key] = reader(document.section(key))  # type: ignore[operator]
+            parts[key] = reader(document.section(key))
         except InputError as error:
             faults += error.faults
     labels = document.value.get("labels", {})

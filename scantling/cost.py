@@ -268,7 +268,7 @@ class Cost:
     weight_bytes: int
     decode_bytes_per_token: int
 
-    def layers(self) -> list[dict[str, int | None | str]]:
+    def layers(self) -> list[dict[str, int | str | None]]:
         """One plain mapping per row, for tables and JSON."""
         return [
             {

@@ -24,9 +24,8 @@ class Progress:
             self.bar = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
-                TextColumn(
-                    "{task.completed}/{task.total} steps · loss {task.fields[loss]} · {task.fields[speed]} tok/s · MFU {task.fields[mfu]}"
-                ),
+                TextColumn("{task.completed}/{task.total} steps · loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tok/s · MFU {task.fields[mfu]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )

@@ -94,8 +94,9 @@ def find_records(folder: str | Path) -> list[tuple[Path, RunRecord]]:
 def to_frame(records: Iterable[tuple[Path, RunRecord]], parameters: str = "total") -> pd.DataFrame:
     """One row per finished run, with the columns that laws are fitted to.
 
-    Columns: run, family, size, tokens_per_parameter (as planned), seed, cell (the same for all families: what pairs runs), status, N (the parameter count that `parameters` names), D (tokens), M = D/N, C (training
-    FLOPs performed), loss (validation), train_loss, run_hash, spec_hash.
+    Columns: run, family, size, tokens_per_parameter (as planned), seed, cell (the same for all families: what pairs
+    runs), status, N (the parameter count that `parameters` names), D (tokens), M = D/N, C (training FLOPs performed),
+    loss (validation), train_loss, run_hash, spec_hash, folder.
     """
     table = []
     for folder, record in records:

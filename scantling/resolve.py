@@ -293,9 +293,9 @@ class _Resolver:
 
     def profile_widths(self, profile: WidthProfile, overrides: dict[int, dict[str, Any]]) -> list[int]:
         """One width per layer, matched as the profile asks."""
-        base = self.value.get("hidden_size")
-        if not _size(base):
-            self.fault(("hidden_size",), f"expected a whole number, got {show(base)}")
+        base = _size(self.value.get("hidden_size"))
+        if not base:
+            self.fault(("hidden_size",), f"expected a whole number, got {show(self.value.get('hidden_size'))}")
             return [2] * self.depth
         baseline = [self.layer(index, overrides, base) for index in range(self.depth)]
         complete = [layer for layer in baseline if layer is not None]
@@ -419,15 +419,9 @@ def _at_layer(value: Any, index: int, depth: int) -> Any:
 
 def _size(value: Any) -> int:
     """The value as a usable size, or 0."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or value != value
-        or value < 1
-        or value != int(value)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
-    return int(value)
+    return int(value) if value >= 1 and math.isfinite(value) and value == int(value) else 0
 
 
 def _end_widths(profile: WidthProfile, base: int, widths: list[int]) -> tuple[int, int]:

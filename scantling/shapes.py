@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -339,5 +340,5 @@ def _refined(widths: list[int], step: int, miss: Callable[[list[int]], float]) -
 
 def _same_order(before: list[int], after: list[int]) -> bool:
     """No rise became a fall or a fall a rise between neighbours."""
-    pairs = zip(zip(before, before[1:], strict=False), zip(after, after[1:], strict=False), strict=True)
+    pairs = zip(pairwise(before), pairwise(after), strict=True)
     return all((b - a) * (d - c) >= 0 for (a, b), (c, d) in pairs)

@@ -5,6 +5,7 @@ Face's names. Impossible sizes are refused when the object is made.
 """
 
 import hashlib
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -14,7 +15,7 @@ from scantling.yamlio import canonical_json, show
 
 def _whole(value: object) -> object:
     """Reject what pydantic would silently read as a number: `True`, `"12"`, `1.5`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or int(value) != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or int(value) != value:
         raise ValueError(f"expected a whole number, got {show(value)}")
     return int(value)
 

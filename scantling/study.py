@@ -68,7 +68,7 @@ def _train_keys(study: StudyConfig, size: dict[str, Any], tokens: float, seed: i
     train = {**study.train, "tokens": tokens, "seed": seed}
     if study.learning_rate is not None:
         rule = study.learning_rate
-        width = size.get("hidden_size", study.model.get("hidden_size"))
+        width = float(size.get("hidden_size") or study.model["hidden_size"])
         rate = rule.base * (width / rule.reference_hidden_size) ** rule.exponent
         train["optimizer"] = {**train.get("optimizer", {}), "learning_rate": float(f"{rate:.4g}")}
     return train

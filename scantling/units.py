@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"^\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([
 
 
 def parse_count(text: str | float, what: str = "count") -> float:
-    """A finite number from `3e8`, `300M`, `1.5T`, `24GiB`, `2 EFLOP`. A unit word after the prefix (B, FLOP, tokens) is ignored.
+    """A finite number from `3e8`, `300M`, `1.5T`, `24GiB`, `2 EFLOP`. A unit word after it (FLOP, tokens) is ignored.
 
     `B` alone means 1e9 (as in "7B"); `GB` is 1e9 bytes, `GiB` 2**30.
 

@@ -144,7 +144,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
 
 
 def _construct(node: yaml.Node, path: KeyPath, source: str, places: dict[KeyPath, str], faults: list[str]) -> Any:
-    """The plain value of a node, noting the line of every key path. Anchors may not multiply (no aliases to collections)."""
+    """The plain value of a node, noting the line of every key path. """ ""
     places.setdefault(path, f"{source}:{node.start_mark.line + 1}")
     if len(path) > MAX_DEPTH:
         raise InputError(f"{source}:{node.start_mark.line + 1}: nested more than {MAX_DEPTH} deep")
@@ -184,7 +184,7 @@ def _mapping(
 def _scalar(node: yaml.Node, path: KeyPath, source: str, faults: list[str]) -> Any:
     constructor = _Loader("")
     try:
-        value = constructor.construct_object(node)  # type: ignore[no-untyped-call]
+        value = constructor.construct_object(node)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         problem = getattr(error, "problem", None) or str(error)
         faults.append(f"{source}:{node.start_mark.line + 1}: {dotted(path)}: {problem}")
@@ -237,8 +237,10 @@ def _assign(root: Any, path: KeyPath, value: Any, where: str) -> None:
         else:
             raise InputError(f"{where}: {dotted(path[: depth + 1])} is not a mapping or list that could hold this key")
     last = path[-1]
-    if isinstance(at, dict) or (isinstance(at, list) and isinstance(last, int) and last < len(at)):
-        at[last] = value  # type: ignore[index]
+    if isinstance(at, dict):  # noqa: SIM114  (each branch is typed on its own)
+        at[last] = value
+    elif isinstance(at, list) and isinstance(last, int) and last < len(at):
+        at[last] = value
     else:
         raise InputError(f"{where}: {dotted(path[:-1])} holds {show(at)}, which has no {last!r}")
 
@@ -258,7 +260,6 @@ def _represent_dict(dumper: yaml.SafeDumper, value: dict[Key, Any]) -> yaml.Node
 
 
 _Dumper.add_representer(list, _represent_list)
-_Dumper.add_representer(tuple, _represent_list)
 _Dumper.add_representer(dict, _represent_dict)
 
 

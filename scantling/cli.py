@@ -1,0 +1,402 @@
+"""The command line: thin verbs over the library. Exit 0 done; 2 the input is wrong; 1 it failed while running.
+
+Each verb imports what it needs when it runs, so that sizing, predicting and planning never load torch.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from scantling import __version__
+from scantling.errors import InputError, ScantlingError
+
+app = App(
+    name="scantling",
+    help="Size every part of a decoder-only language model: cost, train, study, fit, predict, plan, report.",
+    version=__version__,
+    help_format="plaintext",
+)
+
+Set = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative=(), help="Override a key of the file: dotted.key=value. Repeatable."),
+]
+Json = Annotated[bool, Parameter(name="--json", negative=(), help="One JSON object on stdout instead of tables.")]
+
+
+@app.command
+def check(spec: Path, *, set_: Set = (), json_: Json = False) -> None:
+    """Load a spec, resolve its short forms, and print the explicit layers.
+
+    Args:
+        spec: A spec YAML, a run YAML with a model section, or a Hugging Face config.json.
+    """
+    from scantling.resolve import load_spec, to_yaml
+
+    model = load_spec(spec, set_)
+    if json_:
+        _print({"hash": model.hash, **model.model_dump(mode="json")})
+    else:
+        print(f"# hash {model.hash}\n{to_yaml(model)}", end="")
+
+
+@app.command
+def cost(
+    spec: Annotated[list[Path], Parameter(negative=())],
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    dtype: str = "bf16",
+    set_: Set = (),
+    json_: Json = False,
+) -> None:
+    """The exact cost of one model, or of several side by side.
+
+    Args:
+        spec: One or more specs.
+        context: Tokens that one token attends to; default the spec's max_position_embeddings.
+        batch: Sequences served together; the KV cache grows with it.
+        dtype: Of weights and cache: fp32, bf16, fp16, fp8, int8.
+    """
+    from scantling import show
+    from scantling.cost import CONVENTIONS
+    from scantling.cost import cost as price
+    from scantling.resolve import load_spec
+    from scantling.units import dtype_bytes
+
+    if batch < 1 or (context is not None and context < 1):
+        raise InputError(f"--context and --batch: expected at least 1, got {context} and {batch}")
+    size = dtype_bytes(dtype)
+    models = [(str(path), load_spec(path, set_)) for path in spec]
+    costs = [(name, model, price(model, context, batch, size)) for name, model in models]
+    if json_:
+        found = [
+            {"spec": name, "hash": model.hash, **show.cost_json(model, item), "dtype": dtype}
+            for name, model, item in costs
+        ]
+        shared: dict[str, Any] = {"conventions": CONVENTIONS}
+        _print({**found[0], **shared} if len(found) == 1 else {"models": found, **shared})
+    else:
+        show.cost_tables(costs)
+
+
+@app.command
+def train(run: Path, *, out: Path | None = None, set_: Set = (), json_: Json = False) -> None:
+    """Train one run; the same command goes on after an interruption, and says so when it is done.
+
+    Args:
+        run: The run YAML.
+        out: The run folder; default runs/<name>.
+    """
+    from scantling.config import load_run
+
+    config = load_run(run, set_)
+    from scantling.train import train as execute
+
+    folder = out or Path("runs") / config.name
+    record = execute(config, folder)
+    if json_:
+        _print(record.to_json())
+    else:
+        loss, bits = record.final.get("validation_loss"), record.final.get("bits_per_byte")
+        print(
+            f"{folder}: {record.status}, validation loss {loss:.4f} nats/token ({bits:.4f} bits/byte), {record.tokens:,} tokens"
+        )
+
+
+@app.command
+def study(
+    study: Path,
+    *,
+    out: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    set_: Set = (),
+    json_: Json = False,
+) -> None:
+    """Run a grid of runs as separate processes; finished ones are skipped, failures are recorded.
+
+    Args:
+        study: The study YAML.
+        out: The study folder; default studies/<name>.
+        dry_run: Print parameters, tokens, FLOPs and estimated minutes of every run, and run nothing.
+    """
+    from scantling import show
+    from scantling import study as studies
+    from scantling.config import load_study
+
+    config = load_study(study, set_)
+    folder = out or Path("studies") / config.name
+    if dry_run:
+        table = studies.dry_run(config, folder)
+    else:
+        table = studies.run_study(config, folder, report=lambda line: print(line, file=sys.stderr, flush=True))
+    failed = [] if dry_run else [name for name, _ in studies.failures(folder)]
+    if json_:
+        _print({"study": config.name, "folder": str(folder), "runs": table.to_dict("records"), "failed": failed})
+    else:
+        show.run_table(table, dry_run=dry_run)
+        for name in failed:
+            print(f"failed: {name} (see {folder / 'runs' / name / studies.FAILURE_FILE})")
+
+
+@app.command
+def fit(
+    table: Path,
+    *,
+    law: str = "chinchilla",
+    loss: str = "loss",
+    params: str = "N",
+    tokens: str = "D",
+    clusters: str | None = None,
+    weights: str | None = None,
+    objective: Literal["huber", "lad", "ols", "ols_raw"] = "huber",
+    delta: float = 1e-3,
+    tied: Annotated[bool, Parameter(negative=())] = False,
+    fix: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    only: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    compare: str | None = None,
+    baseline: str | None = None,
+    count: Literal["total", "non_embedding"] = "total",
+    resamples: int = 1000,
+    seed: int = 0,
+    out: Path | None = None,
+    json_: Json = False,
+) -> None:
+    """Fit a scaling law with uncertainty, or compare families by the FLOPs they need for the same loss.
+
+    Args:
+        table: A .csv, .tsv or .jsonl table of runs, or a study folder.
+        law: The law's form.
+        loss: Column of losses, nats per token.
+        params: Column of parameter counts.
+        tokens: Column of training tokens.
+        clusters: Column naming the run of each row, when rows are checkpoints.
+        weights: Column of weights.
+        objective: Of log residuals: huber, ols (squares), lad (absolute); ols_raw: squares of the raw loss.
+        delta: Huber's delta.
+        tied: Impose equal exponents for parameters and tokens.
+        fix: Hold a parameter, as E=1.69. Repeatable.
+        only: Keep only rows with column=value. Repeatable.
+        compare: Column of families: fit each, and the loss-matched saving between them.
+        baseline: The family that the others are compared with; default the first.
+        count: For a study folder: the parameters that N counts.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+        out: Write the law (or the comparison) to this JSON file.
+    """
+    from scantling import show
+    from scantling.compare import compare_families, read_rows, select
+    from scantling.files import write_json
+    from scantling.laws import fit as fit_law
+
+    rows, conventions = read_rows(table, count)
+    rows = select(rows, only)
+    settings: dict[str, Any] = {
+        "law": law, "loss": loss, "params": params, "tokens": tokens, "clusters": clusters, "weights": weights,
+        "objective": objective, "delta": delta, "tied": tied, "fixed": _numbers(fix), "conventions": conventions,
+        "resamples": resamples, "seed": seed,
+    }  # fmt: skip
+    if compare is not None:
+        comparison = compare_families(rows, compare, baseline, settings)
+        if out is not None:
+            write_json(out, comparison.to_json())
+        _print(comparison.to_json()) if json_ else show.comparison(comparison)
+        return
+    law_fit = fit_law(rows, **settings)
+    if out is not None:
+        write_json(out, law_fit.to_json())
+    _print(show.law_json(law_fit)) if json_ else show.law(law_fit)
+
+
+@app.command
+def predict(
+    law: str,
+    *,
+    params: str | None = None,
+    tokens: str | None = None,
+    compute: str | None = None,
+    level: float = 0.95,
+    json_: Json = False,
+) -> None:
+    """The loss a law predicts, with its interval.
+
+    Args:
+        law: A published name (chinchilla-epoch, overtrain-c4, ...) or a law JSON written by fit.
+        params: Parameters, as 70e9 or 70B, counted as the law counts them.
+        tokens: Training tokens, as 1.4e12 or 1.4T.
+        compute: Instead of both: training FLOPs C = 6 N D, spent optimally.
+        level: Of the interval.
+    """
+    from scantling import show
+    from scantling.laws import load_law
+    from scantling.units import parse_count
+
+    found = load_law(law)
+    if not 0 < level < 1:
+        raise InputError(f"--level: expected a number between 0 and 1, got {level}")
+    if compute is not None:
+        if params is not None or tokens is not None:
+            raise InputError("--compute stands for the optimal --params and --tokens; give either it or those")
+        answer = show.optimum_json(found, parse_count(compute, "--compute"), level)
+    elif params is None or tokens is None:
+        raise InputError("predict needs --params and --tokens, or --compute")
+    else:
+        answer = show.prediction_json(found, parse_count(params, "--params"), parse_count(tokens, "--tokens"), level)
+    _print(answer) if json_ else show.prediction(law, answer)
+
+
+@app.command
+def plan(plan: Path, *, out: Path | None = None, set_: Set = (), json_: Json = False) -> None:
+    """The cost-optimal shapes for a budget or a target loss, over training and inference.
+
+    Args:
+        plan: The plan YAML.
+        out: Write the plan JSON here, and the best shape's YAML beside it.
+    """
+    from scantling import show
+    from scantling.files import write_json, write_text
+    from scantling.plan import load_plan
+    from scantling.plan import plan as solve
+
+    result = solve(load_plan(plan, set_))
+    if out is not None:
+        write_json(out, result.to_json())
+        best = result.candidates[0].yaml
+        if best is not None:
+            write_text(out.with_suffix(".best.yaml"), best)
+    _print(result.to_json()) if json_ else show.plan(result)
+
+
+@app.command
+def report(
+    path: Annotated[list[Path], Parameter(negative=())], *, out: Path = Path("report.html"), json_: Json = False
+) -> None:
+    """One self-contained HTML page from studies, laws, comparisons, plans and specs.
+
+    Args:
+        path: Study or run folders, law / comparison / plan JSON files, spec YAML files.
+        out: The page to write.
+    """
+    from scantling.report import report as write
+
+    written = write(path, out)
+    _print({"file": str(written), "bytes": written.stat().st_size}) if json_ else print(written)
+
+
+@app.command
+def generate(
+    checkpoint: Path,
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+    json_: Json = False,
+) -> None:
+    """Continue a prompt with a trained model.
+
+    Args:
+        checkpoint: A run folder, or one of its checkpoint folders.
+        prompt: The text to continue.
+        max_new_tokens: Tokens to add.
+        temperature: 0 takes the likeliest token.
+        seed: Of the sampling.
+    """
+    from scantling.generate import generate as continue_text
+
+    text = continue_text(checkpoint, prompt, max_new_tokens, temperature, seed)
+    _print({"prompt": prompt, "text": text}) if json_ else print(prompt + text)
+
+
+@app.command
+def evaluate(checkpoint: Path, *, tokens: str = "1M", json_: Json = False) -> None:
+    """Validation loss and bits per byte of a trained model on its run's validation split.
+
+    Args:
+        checkpoint: A run folder, or one of its checkpoint folders.
+        tokens: At most this many tokens.
+    """
+    from scantling.generate import evaluate_checkpoint
+    from scantling.units import parse_count
+
+    found = evaluate_checkpoint(checkpoint, int(parse_count(tokens, "--tokens")))
+    if json_:
+        _print(found)
+    else:
+        print(f"validation loss {found['validation_loss']:.4f} ± {found['validation_std_error']:.4f} nats/token, "
+              f"{found['bits_per_byte']:.4f} bits/byte, {found['validation_tokens']:,.0f} tokens")  # fmt: skip
+
+
+@app.command
+def init(name: Literal["spec", "run", "study", "plan"], *, out: Path | None = None) -> None:
+    """Write a commented example YAML.
+
+    Args:
+        name: Which kind.
+        out: The file; default <name>.yaml. An existing file is never overwritten.
+    """
+    from importlib.resources import files
+
+    target = out or Path(f"{name}.yaml")
+    if target.exists():
+        raise InputError(f"{target}: exists already; choose another --out")
+    from scantling.files import write_text
+
+    write_text(target, (files("scantling") / "templates" / f"{name}.yaml").read_text(encoding="utf-8"))
+    print(target)
+
+
+def _numbers(pairs: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise InputError(f"--fix {pair}: expected name=number, such as --fix E=1.69") from None
+        if not equals:
+            raise InputError(f"--fix {pair}: expected name=number, such as --fix E=1.69")
+    return found
+
+
+def _print(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)
+    print()
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and paths as JSON knows them."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _fail(str(error), 2)
+    except ScantlingError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 1)
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,245 @@
+"""What a person sees in the terminal, and the JSON of verbs whose answer is not already a plain object."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scantling.cost import Cost, Row
+from scantling.spec import ModelSpec
+from scantling.units import format_bytes, format_count, format_flops
+
+if TYPE_CHECKING:  # pandas and scipy take longer to load than a cost takes to print
+    import pandas as pd
+
+    from scantling.compare import Comparison
+    from scantling.laws import Estimate, LawFit
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    table = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+# --- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost_json(spec: ModelSpec, cost: Cost) -> dict[str, Any]:
+    """The cost of one model as the command line's JSON."""
+    return {
+        "context": cost.context,
+        "batch": cost.batch,
+        "params": cost.params,
+        "flops_per_token": cost.flops_per_token,
+        "kv_cache_bytes_per_token": cost.kv_cache_bytes_per_token,
+        "kv_cache_bytes": cost.kv_cache_bytes,
+        "weight_bytes": cost.weight_bytes,
+        "decode_bytes_per_token": cost.decode_bytes_per_token,
+        "layers": cost.layers(),
+    }
+
+
+def cost_tables(costs: Sequence[tuple[str, ModelSpec, Cost]]) -> None:
+    """Per-layer table of a single model, then totals of all side by side."""
+    if len(costs) == 1:
+        console.print(_layer_table(costs[0][1], costs[0][2]))
+        console.print()
+    first = costs[0][2]
+    title = f"context {first.context:,}, batch {first.batch}, {first.bytes_per_value} bytes per value"
+    table = _table(title, "", *(Path(name).stem for name, _, _ in costs))
+    lines: dict[str, Callable[[Cost], str]] = {
+        "parameters": lambda c: f"{c.params['total']:,}",
+        "  active": lambda c: f"{c.params['active']:,}",
+        "  embedding and head": lambda c: f"{c.params['embedding']:,}",
+        "  non-embedding": lambda c: f"{c.params['non_embedding']:,}",
+        "FLOPs/token, forward, full attention": lambda c: f"{c.flops_per_token['forward']:,}",
+        "FLOPs/token, forward, causal average": lambda c: f"{c.flops_per_token['forward_causal']:,}",
+        "FLOPs/token, train (3 x forward, full)": lambda c: f"{c.flops_per_token['train']:,}",
+        "FLOPs/token, prefill": lambda c: f"{c.flops_per_token['prefill']:,.0f}",
+        "FLOPs/token, decode at full context": lambda c: f"{c.flops_per_token['decode']:,}",
+        "KV cache per token": lambda c: format_bytes(c.kv_cache_bytes_per_token),
+        "KV cache": lambda c: format_bytes(c.kv_cache_bytes),
+        "weights": lambda c: format_bytes(c.weight_bytes),
+        "bytes read per decoded token": lambda c: format_bytes(c.decode_bytes_per_token),
+    }
+    for label, text in lines.items():
+        if label == "  active" and all(c.params["active"] == c.params["total"] for _, _, c in costs):
+            continue
+        table.add_row(label, *(text(cost) for _, _, cost in costs))
+    console.print(table)
+
+
+def _layer_table(spec: ModelSpec, cost: Cost) -> Table:
+    table = _table(
+        "per layer and component", "layers", "component", "parameters", "forward FLOPs/token", "KV bytes/token"
+    )
+    body = [(index, [row for row in cost.rows if row.layer == index]) for index in range(spec.num_hidden_layers)]
+
+    def measures(row: Row) -> tuple[Any, ...]:
+        return (row.component, row.params, row.matmul_flops, row.score_flops, row.kv_elements)
+
+    def line(label: str, row: Row, times: int = 1) -> None:
+        flops = row.matmul_flops + row.score_flops * cost.context
+        kv = row.kv_elements * cost.bytes_per_value
+        table.add_row(
+            label, row.component, f"{row.params * times:,}", f"{flops * times:,}", f"{kv * times:,}" if kv else ""
+        )
+
+    outer = [row for row in cost.rows if row.layer is None]
+    line("", outer[0])
+    for _, group in groupby(body, key=lambda item: [measures(row) for row in item[1]]):
+        members = list(group)
+        first, last = members[0][0], members[-1][0]
+        name = f"{first}" if first == last else f"each of {first}-{last}"
+        for number, row in enumerate(members[0][1]):
+            line(f"{name}, width {spec.layers[first].hidden_size}" if number == 0 else "", row)
+    for row in outer[1:]:
+        line("", row)
+    return table
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------
+
+
+def run_table(runs: pd.DataFrame, dry_run: bool) -> None:
+    """The cells of a study, planned or finished."""
+    if dry_run:
+        table = _table(
+            "planned runs", "run", "parameters", "non-embedding", "tokens", "FLOPs", "peak lr", "minutes", "state"
+        )
+        for row in runs.to_dict("records"):
+            table.add_row(
+                row["run"], *(format_count(row[key], 4) for key in ("params", "non_embedding", "tokens")),
+                format_flops(row["flops"]), f"{row['learning_rate']:.2e}", f"{row['minutes']:.1f}", row["state"],
+            )  # fmt: skip
+        console.print(table)
+        left = runs[~runs.state.isin(["done", "diverged"])]
+        console.print(
+            f"{len(runs)} runs, {len(left)} to do: {format_flops(float(left.flops.sum()))}, "
+            f"{left.minutes.sum():.1f} process-minutes (divide by the runs side by side)"
+        )
+        return
+    table = _table("finished runs", "run", "N", "D", "D/N", "FLOPs", "validation loss", "status")
+    for row in runs.to_dict("records"):
+        loss = "-" if row["loss"] is None or row["loss"] != row["loss"] else f"{row['loss']:.4f}"
+        table.add_row(
+            row["run"],
+            format_count(row["N"], 4),
+            format_count(row["D"], 4),
+            f"{row['M']:.3g}",
+            format_flops(row["C"]),
+            loss,
+            row["status"],
+        )
+    console.print(table)
+
+
+# --- laws --------------------------------------------------------------------------------------------------------------
+
+
+def law_json(law: LawFit) -> dict[str, Any]:
+    """A law as the command line's JSON: the file form, with intervals and hold-out errors by name."""
+    plain = law.to_json()
+    plain.pop("draws")
+    return {
+        **plain,
+        "intervals": law.intervals(),
+        "objective": law.objective_value,
+        "objective_kind": law.objective,
+        "hold_out": [vars(item) for item in law.holdouts],
+    }
+
+
+def law(law: LawFit, name: str = "law") -> None:
+    """Parameters with intervals, what supports them, and what weakens them."""
+    intervals = law.intervals()
+    table = _table(f"{name}: L(N, D) = E + A N^-alpha + B D^-beta", "parameter", "value", "95 % interval")
+    for key, value in law.params.items():
+        interval = intervals[key]
+        shown = "held" if key in law.fixed else "-" if interval is None else f"{interval[0]:.5g} to {interval[1]:.5g}"
+        table.add_row(key, f"{value:.6g}", shown)
+    console.print(table)
+    facts = [f"{law.n} rows"] if law.n else []
+    if law.objective_value is not None:
+        facts.append(f"objective ({law.objective}) {law.objective_value:.9g}")
+    if law.residual_sd is not None:
+        facts.append(f"residual sd {law.residual_sd:.2%}")
+    if law.certificate is not None:
+        facts.append(f"{law.certificate.agreeing} of {law.certificate.starts} starts reach this minimum")
+    console.print("; ".join(facts) or law.source)
+    console.print(f"intervals: {law.bootstrap}")
+    for item in law.holdouts:
+        console.print(
+            f"held out the {item.rule}: mean error {item.are:.2%}, bias {item.bias:+.2%} "
+            f"({item.n_held} rows, {item.compute_ratio:.2g} x the fit's compute; last-loss baseline {item.baseline_are:.2%})"
+        )
+    for warning in law.warnings:
+        console.print(f"warning: {warning}")
+
+
+def comparison(found: Comparison) -> None:
+    """Each family's law, then the findings."""
+    for name, item in found.families.items():
+        law(item, name)
+        console.print()
+    for sentence in found.findings:
+        console.print(sentence)
+
+
+def _estimate(item: Estimate) -> dict[str, float | None]:
+    return {"value": item.value, "low": item.low, "high": item.high}
+
+
+def prediction_json(law: LawFit, params: float, tokens: float, level: float) -> dict[str, Any]:
+    """L(N, D) with interval."""
+    found = law.predict(params, tokens, level)
+    low = None if found.low is None else float(found.low)
+    high = None if found.high is None else float(found.high)
+    return {
+        "value": float(found.value), "low": low, "high": high, "level": level, "params": params, "tokens": tokens,
+        "flops": 6 * params * tokens, "conventions": dict(law.conventions), "notes": list(found.notes), "source": law.source,
+    }  # fmt: skip
+
+
+def optimum_json(law: LawFit, compute: float, level: float) -> dict[str, Any]:
+    """The compute-optimal split with intervals."""
+    found = law.optimum(compute, level)
+    loss = _estimate(found.loss)
+    return {
+        **loss, "level": level, "flops": compute, "optimal_params": _estimate(found.N), "optimal_tokens": _estimate(found.D),
+        "tokens_per_parameter": _estimate(found.M), "conventions": dict(law.conventions), "notes": list(found.notes),
+        "source": law.source,
+    }  # fmt: skip
+
+
+def prediction(name: str, answer: dict[str, Any]) -> None:
+    """One prediction in words."""
+    interval = (
+        ""
+        if answer["low"] is None
+        else f" ({answer['level']:.0%} interval {answer['low']:.4f} to {answer['high']:.4f})"
+    )
+    console.print(f"{name}: loss {answer['value']:.4f} nats/token{interval}")
+    if "optimal_params" in answer:
+        for label, key in (
+            ("parameters", "optimal_params"),
+            ("tokens", "optimal_tokens"),
+            ("tokens per parameter", "tokens_per_parameter"),
+        ):
+            item = answer[key]
+            spread = "" if item["low"] is None else f" ({format_count(item['low'])} to {format_count(item['high'])})"
+            console.print(f"  {label}: {format_count(item['value'], 4)}{spread}")
+    for note in answer["notes"]:
+        console.print(f"note: {note}")
