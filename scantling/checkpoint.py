@@ -47,7 +47,7 @@ def weights_of(model: Decoder) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as `<state name>.<parameter name>`, so that it belongs to parameters and not to positions."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{key}.{names[parameter]}": value.detach().clone()
         for parameter, state in optimizer.state.items()

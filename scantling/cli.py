@@ -63,8 +63,8 @@ def cost(
         dtype: Of weights and cache: fp32, bf16, fp16, fp8, int8.
     """
     from scantling import show
-    from scantling.cost import CONVENTIONS
-    from scantling.cost import cost as price
+    from scantling.costing import CONVENTIONS
+    from scantling.costing import cost as price
     from scantling.resolve import load_spec
     from scantling.units import dtype_bytes
 
@@ -95,7 +95,7 @@ def train(run: Path, *, out: Path | None = None, set_: Set = (), json_: Json = F
     from scantling.config import load_run
 
     config = load_run(run, set_)
-    from scantling.train import train as execute
+    from scantling.training import train as execute
 
     folder = out or Path("runs") / config.name
     record = execute(config, folder)
@@ -259,8 +259,8 @@ def plan(plan: Path, *, out: Path | None = None, set_: Set = (), json_: Json = F
     """
     from scantling import show
     from scantling.files import write_json, write_text
-    from scantling.plan import load_plan
-    from scantling.plan import plan as solve
+    from scantling.planning import load_plan
+    from scantling.planning import plan as solve
 
     result = solve(load_plan(plan, set_))
     if out is not None:
@@ -281,7 +281,7 @@ def report(
         path: Study or run folders, law / comparison / plan JSON files, spec YAML files.
         out: The page to write.
     """
-    from scantling.report import report as write
+    from scantling.reporting import report as write
 
     written = write(path, out)
     _print({"file": str(written), "bytes": written.stat().st_size}) if json_ else print(written)

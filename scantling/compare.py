@@ -1,6 +1,7 @@
 """Tables of runs into laws per family and the loss-matched saving between families, with what was found in sentences."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `saving` is the first candidate's, `savings` all of them."""
-        savings = [{**dataclasses.asdict(item), "sentence": item.sentence()} for item in self.savings]
+        savings = [_finite({**dataclasses.asdict(item), "sentence": item.sentence()}) for item in self.savings]
         return {
             "schema": SCHEMA,
             "families": {name: law.to_json() for name, law in self.families.items()},
@@ -110,6 +111,15 @@ def compare_families(rows: pd.DataFrame, column: str, baseline: str | None, sett
     return Comparison(
         laws, savings, tuple([_law_sentence(name, law) for name, law in laws.items()] + [s.sentence() for s in savings])
     )
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinities: an interval end that resamples never reach becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _law_sentence(name: str, law: LawFit) -> str:

@@ -211,14 +211,15 @@ def _real_path(loc: tuple[int | str, ...], document: Document) -> tuple[int | st
         if isinstance(at, dict) and part == at.get("kind"):
             continue
         path.append(part)
-        at = (
-            at.get(part)
-            if isinstance(at, dict)
-            else at[part]
-            if isinstance(at, list) and isinstance(part, int)
-            else None
-        )
+        at = _inside(at, part)
     return tuple(path)
+
+
+def _inside(value: Any, part: int | str) -> Any:
+    """The item of a mapping or list, or None."""
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
 
 
 def load_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

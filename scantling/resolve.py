@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from scantling import hf_config
-from scantling.cost import ffn_weights, layer_rows, total
+from scantling.costing import ffn_weights, layer_rows, total
 from scantling.errors import InputError, suggest
 from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths
 from scantling.spec import LayerSpec, ModelSpec

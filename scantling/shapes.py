@@ -302,10 +302,12 @@ def matched_widths(
 
     def at(x: float) -> list[int]:
         if profile.bottleneck_ratio is None:
-            return quantize(continuous(profile, depth, slope_of(profile, depth), x * width), step)
-        slope = ratio_slope(profile, depth, 1 / x)
-        narrowest = min(continuous(profile, depth, slope, 1.0))
-        return quantize(continuous(profile, depth, slope, profile.bottleneck_ratio * width / narrowest), step)
+            slope, base = slope_of(profile, depth), x * width
+        else:
+            slope = ratio_slope(profile, depth, 1 / x)
+            base = profile.bottleneck_ratio * width / min(continuous(profile, depth, slope, 1.0))
+        # equal ends must round alike, whatever the last bit of the repeated multiplication is
+        return quantize([round(unrounded, 6) for unrounded in continuous(profile, depth, slope, base)], step)
 
     low, high = (1.0, 2.0) if profile.bottleneck_ratio is not None else (0.01, 1.0)
     while measure(at(high)) < target:

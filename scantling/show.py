@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from scantling.cost import Cost, Row
+from scantling.costing import Cost, Row
 from scantling.spec import ModelSpec
 from scantling.units import format_bytes, format_count, format_flops
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # pandas and scipy take longer to load than a cost takes to p
 
     from scantling.compare import Comparison
     from scantling.laws import Estimate, LawFit
+    from scantling.planning import Plan
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
@@ -243,3 +244,36 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
             console.print(f"  {label}: {format_count(item['value'], 4)}{spread}")
     for note in answer["notes"]:
         console.print(f"note: {note}")
+
+
+# --- plans -------------------------------------------------------------------------------------------------------------
+
+
+def plan(found: Plan) -> None:
+    """Ranked candidates, the best one in words, and the notes."""
+    columns = ("shape", "heads", "parameters", "tokens", "loss", "training", "serving", "memory", found.minimize, "margin")
+    table = _table(f"{len(found.candidates)} best of {found.screened:,} shapes, least {found.minimize} first", "", *columns)
+    for rank, item in enumerate(found.candidates, 1):
+        interval = "" if item.loss_low is None or item.loss_high is None else f" ({item.loss_low:.3f}-{item.loss_high:.3f})"
+        table.add_row(
+            f"{rank}",
+            f"{item.num_hidden_layers:.6g} x {item.hidden_size:.6g}",
+            f"{item.num_attention_heads:g}/{item.num_key_value_heads:g} x {item.head_dim:g}",
+            format_count(item.parameters, 4),
+            format_count(item.tokens, 4),
+            f"{item.loss:.4f}{interval}{' *' if item.extrapolated else ''}",
+            format_flops(item.training_flops),
+            format_flops(item.serving_flops) if item.serving_flops else "-",
+            format_bytes(item.memory_bytes),
+            f"{item.objective:.6g}",
+            "-" if item.margin_percent is None else f"{item.margin_percent:.2f} %",
+        )
+    console.print(table)
+    best = found.candidates[0]
+    console.print(f"binding: {best.binding}")
+    for sentence in best.extrapolation:
+        console.print(f"* extrapolated: {sentence}")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    if best.yaml is not None:
+        console.print(f"\n# the best shape, hash {best.hash}\n{best.yaml}", end="")

@@ -185,7 +185,7 @@ class LayerSpec(Frozen):
     v_head_dim: Size
     attention_bias: bool = False
     attention_multiplier: Positive | None = None
-    position: Position = Rope(kind="rope")
+    position: Position = Field(default=Rope(kind="rope"), validate_default=True)
     norm: Norm = RMSNorm(kind="rms_norm")
     ffn: FFN
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.config import RunConfig, StudyConfig, run_from
-from scantling.cost import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts, rows
 from scantling.errors import InputError, RunError
 from scantling.files import write_json, write_text
 from scantling.record import FILE, find_records, read_record, to_frame

@@ -4,6 +4,7 @@ YAML is read with a safe loader that also reads `3e-4` and `1e6` as numbers (YAM
 duplicate keys. JSON is YAML's subset here, so a Hugging Face `config.json` is read by the same code.
 """
 
+import copy
 import io
 import json
 import os
@@ -121,7 +122,7 @@ def loads(text: str, source: str = "<text>", overrides: Sequence[str] = ()) -> D
 
 def from_mapping(value: dict[str, Any], source: str = "<mapping>", overrides: Sequence[str] = ()) -> Document:
     """A document from a plain mapping made in Python (no line numbers)."""
-    document = Document(json.loads(json.dumps(value)), source)
+    document = Document(copy.deepcopy(value), source)
     for override in overrides:
         document = _override(document, override)
     return document
@@ -209,15 +210,11 @@ def _override(document: Document, text: str) -> Document:
     if faults:
         raise InputError(*faults)
     path = tuple(_override_path(name.strip(), where))
-    root = json.loads(json.dumps(document.value), object_pairs_hook=_restore_int_keys)
+    root = copy.deepcopy(document.value)
     _assign(root, path, value, where)
     places = {known: place for known, place in document.places.items() if known[: len(path)] != path}
     places[path] = where
     return Document(root, document.source, places)
-
-
-def _restore_int_keys(pairs: list[tuple[str, Any]]) -> dict[Key, Any]:
-    return {int(key) if re.fullmatch(r"-?\d+", key) else key: value for key, value in pairs}
 
 
 def _override_path(name: str, where: str) -> Iterator[Key]:
@@ -259,6 +256,7 @@ def _represent_dict(dumper: yaml.SafeDumper, value: dict[Key, Any]) -> yaml.Node
     return dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=flow)
 
 
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))  # quotes text such as "1e3"
 _Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(dict, _represent_dict)
 
@@ -270,10 +268,11 @@ def dumps(value: dict[str, Any]) -> str:
     for key, item in value.items():
         if isinstance(item, dict) and item:
             body = yaml.dump(item, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+            name = yaml.dump([key], Dumper=_Dumper)[1:-2]  # quoted where YAML would read it as something else
             if body.startswith("{"):
-                stream.write(f"{key}: {body}")
+                stream.write(f"{name}: {body}")
             else:
-                stream.write(f"{key}:\n" + "".join(f"  {line}\n" for line in body.splitlines()))
+                stream.write(f"{name}:\n" + "".join(f"  {line}\n" for line in body.splitlines()))
         else:
             stream.write(yaml.dump({key: item}, Dumper=_BlockDumper, sort_keys=False, width=120, allow_unicode=True))
     return stream.getvalue()

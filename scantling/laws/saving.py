@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import linregress
 
 from scantling.errors import InputError
 from scantling.laws.bootstrap import (
@@ -38,6 +39,7 @@ from scantling.laws.newton import Design, Minimum, Objective, minimise, resample
 from scantling.laws.rows import levels
 
 OBJECTIVE = Objective(delta=1e-2)  # squares for the usual seed noise of 0.2 to 0.5%, robust to a run that went wrong
+FEWEST_PAIRS = 4  # of equal runs in both families, to see a trend in their gap
 HELD_SHARE = 0.2  # the largest budgets of each family, as few as hold a fifth of its rows, test the shared exponent
 
 
@@ -119,7 +121,7 @@ class Saving:
                 f"{self.candidate} needs {amount} than {self.baseline} for the same loss {at} "
                 f"(95% interval {ends[0]:.1%} to {ends[1]:.1%}; {self.runs[0]} and {self.runs[1]} runs)"
             )
-        return ". ".join((found, *self.notes)) + "."
+        return ". ".join((found, *(note[:1].upper() + note[1:] for note in self.notes))) + "."
 
 
 def saving(
@@ -211,6 +213,7 @@ def saving(
         notes.append(
             f"interpolating the measured losses gives {measured:.1%}, outside the interval: the form fits poorly"
         )
+    notes += _gap_notes(rows, names, value, baseline, candidate)
     if held[0] is not None and held[1] is not None and held[1] < held[0]:
         notes.append(
             f"separate exponents predict the largest budgets better ({held[1]:.2%} against {held[0]:.2%}): the saving "
@@ -327,6 +330,35 @@ def _model_free(rows: MatchedRuns, floor: float) -> tuple[float | None, int]:
         if len(y) > 1:
             found += list(1 - rows.C[b & above][inside] / np.exp(np.interp(target[inside], y, x)))
     return (float(np.median(found)), len(found)) if found else (None, 0)
+
+
+def _gap_notes(rows: MatchedRuns, names: list[str], value: float, baseline: str, candidate: str) -> list[str]:
+    """What pairs of equal runs say without any law: a gap that changes with compute, or turns round at the top."""
+    named = np.array(names)
+    budgets, gaps = [], []
+    for name in sorted(set(named[rows.second]) & set(named[~rows.second])):
+        a, b = (named == name) & ~rows.second, (named == name) & rows.second
+        budgets.append(float(np.log(rows.C[a | b]).mean()))
+        gaps.append(float(np.log(rows.loss[b]).mean() - np.log(rows.loss[a]).mean()))
+    if len(gaps) < FEWEST_PAIRS:
+        return []
+    notes = []
+    slope = linregress(budgets, gaps)
+    low, high = (float(slope.intercept + slope.slope * x) for x in (min(budgets), max(budgets)))
+    if slope.pvalue < 0.05:
+        notes.append(
+            f"the gap changes with compute: equal runs of {candidate} differ from {baseline} in loss by "
+            f"{np.expm1(low):+.1%} at {np.exp(min(budgets)):.2g} FLOPs and by {np.expm1(high):+.1%} at "
+            f"{np.exp(max(budgets)):.2g}, a trend beyond chance (p = {slope.pvalue:.2g}): one saving does not hold at "
+            "every scale"
+        )
+    largest = gaps[int(np.argmax(budgets))]
+    if largest * value > 0:
+        notes.append(
+            f"at the largest budget measured, the pair of equal runs says the opposite: the loss of {candidate} is "
+            f"{abs(np.expm1(largest)):.2%} {'higher' if largest > 0 else 'lower'}"
+        )
+    return notes
 
 
 def _held_out(rows: MatchedRuns) -> tuple[float | None, float | None]:

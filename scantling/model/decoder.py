@@ -28,7 +28,6 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.width = spec.hidden_size
         self.input_layernorm = Norm(spec.norm, spec.hidden_size)
         self.self_attn = Attention(spec)
         self.post_attention_layernorm = Norm(spec.norm, spec.hidden_size)
@@ -78,8 +77,8 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits at every given position; with `cache`, the positions continue the cached ones."""
         x, stream = self.embed_tokens(input_ids), Stream(carry=isinstance(self.spec.transition, CarryForward))
-        for index, layer in enumerate(self.layers):
-            x = layer(stream.resize(x, layer.width), cache.layers[index] if cache else None)
+        for index, (layer, spec) in enumerate(zip(self.layers, self.spec.layers, strict=True)):
+            x = layer(stream.resize(x, spec.hidden_size), cache.layers[index] if cache else None)
         # Carried coordinates at the head come from the un-normalised stream, and `zero` carries there too.
         stream.carry = True
         return self.lm_head(stream.resize(self.norm(x), self.spec.unembedding_size))

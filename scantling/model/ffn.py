@@ -3,6 +3,8 @@
 The structured maps follow arXiv 2406.16450 section 2.1: two linear factors, no non-linearity or bias between them.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from scantling.spec import BlockDenseFFN, BlockShuffleFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -101,7 +103,7 @@ class FeedForward(nn.Module):
     def __init__(self, spec: ExpertFFN, width: int) -> None:
         super().__init__()
         inner = spec.intermediate_size
-        self.act = ACTIVATIONS[spec.hidden_act]
+        self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[spec.hidden_act]
         self.gated = spec.gated
         if spec.gated and isinstance(spec, DenseFFN):
             self.gate_proj = nn.Linear(width, inner, bias=spec.bias)
@@ -114,11 +116,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not self.gated:
-            return self.down_proj(self.act(self.up_proj(x)))
-        if hasattr(self, "gate_proj"):
-            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
+            hidden = self.act(self.up_proj(x))
+        elif hasattr(self, "gate_proj"):
+            hidden = self.act(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            hidden = self.act(gate) * up
+        return self.down_proj(hidden)
 
 
 class MixtureOfExperts(nn.Module):

@@ -69,7 +69,7 @@ def test_sentence() -> None:
     )
     worse = saving(table, baseline="thrifty", candidate="plain", path="M", resamples=300)
     assert "more FLOPs than thrifty" in worse.sentence()
-    assert "extrapolated: plain would need" in worse.sentence()
+    assert "Extrapolated: plain would need" in worse.sentence()
 
 
 def test_unpaired_runs_are_drawn_within_families() -> None:
@@ -95,7 +95,7 @@ def test_different_exponents_are_noticed() -> None:
     table.loc[steep, "loss"] = 1.8 + 1.7 * (table.C[steep] / 1e18) ** -0.2
     found = saving(table, baseline="plain", resamples=0)
     assert found.held_out_separate < found.held_out_shared
-    assert "separate exponents predict the largest budgets better" in found.sentence()
+    assert "Separate exponents predict the largest budgets better" in found.sentence()
 
 
 def test_paths_of_one_family_only_are_left_out() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from scantling import checkpoint
 from scantling.config import RunConfig, load_run
-from scantling.cost import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts, rows
 from scantling.data import Dataset, prepare
 from scantling.device import environment, fastest_float32, matmul_ceiling
 from scantling.errors import InputError, RunError

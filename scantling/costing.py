@@ -206,6 +206,12 @@ def total(table: Iterable[Row], measure: str, where: Callable[[Row], bool] | Non
     return sum((getattr(row, measure) for row in table if where is None or where(row)), start=0)
 
 
+def half(count: Number) -> Number:
+    """Half of a count of FLOPs, which is even (2 per multiply-add): exact for integers, true division for real sizes."""
+    exact = isinstance(count, int) or getattr(getattr(count, "dtype", None), "kind", "f") in "iu"
+    return count // 2 if exact else count / 2
+
+
 def param_counts(table: Sequence[Row]) -> dict[str, Number]:
     """The parameter counts people mean, by name.
 
@@ -223,7 +229,7 @@ def param_counts(table: Sequence[Row]) -> dict[str, Number]:
         "active": total(table, "active_params"),
         "input_embedding": table_in,
         "head": head,
-        "matmul_non_embedding": total(table, "matmul_flops", lambda row: row.component != "head") // 2,
+        "matmul_non_embedding": half(total(table, "matmul_flops", lambda row: row.component != "head")),
     }
 
 
@@ -238,8 +244,7 @@ def flops_per_token(table: Sequence[Row], context: Number) -> dict[str, Number]:
     body = total(table, "matmul_flops", lambda row: row.component != "head")
     head = total(table, "matmul_flops", lambda row: row.component == "head")
     scores = total(table, "score_flops")
-    # scores are even (2 per multiply-add), so the causal mean over 1..T stays exact
-    causal = scores // 2 * (context + 1)
+    causal = half(scores) * (context + 1)
     full = scores * context
     counts = param_counts(table)
     return {

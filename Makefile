@@ -1,0 +1,39 @@
+# Seven targets. Each does its own set-up: a fresh machine needs Python 3.11, pip, venv and make, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: setup check test test-all demo docs clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: setup
+	$(BIN)/ruff format --check scantling tests examples
+	$(BIN)/ruff check scantling tests examples
+	$(BIN)/mypy
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
+
+test-all: setup
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+
+demo: setup
+	$(BIN)/scantling study examples/demo/study.yaml --out $(DEMO)/study
+	$(BIN)/scantling fit $(DEMO)/study --compare family --tied --out $(DEMO)/compare.json
+	$(BIN)/scantling fit $(DEMO)/study --only family=uniform --tied --out $(DEMO)/law.json > $(DEMO)/law.txt
+	$(BIN)/scantling plan examples/demo/plan.yaml --set law=$(abspath $(DEMO))/law.json --out $(DEMO)/plan.json
+	$(BIN)/scantling report $(DEMO)/study $(DEMO)/compare.json $(DEMO)/plan.json --out $(DEMO)/report.html
+	@echo "Open $(DEMO)/report.html in a browser."
+
+docs: setup
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

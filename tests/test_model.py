@@ -1,0 +1,147 @@
+"""Modules: cached decoding equals the full forward, carry-forward equals its definition, initial weights, attention paths."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scantling.model import Cache, build, build_meta
+from scantling.model.attention import attend, plain_attention
+from scantling.model.stream import Stream
+from scantling.resolve import load_spec, spec_from
+from scantling.spec import ModelSpec
+from tests.strategies import specs
+
+
+@given(specs(), st.integers(0, 2**31), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_cached_decoding_equals_the_full_forward(spec: ModelSpec, seed: int, pieces: list[int]) -> None:
+    model = build(spec, seed=seed, dtype=torch.float64)
+    ids = torch.randint(0, spec.vocab_size, (2, sum(pieces)), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        full = model(ids)
+        cache = Cache(spec, 2, sum(pieces), dtype=torch.float64)
+        parts = [model(part, cache) for part in ids.split(pieces, dim=1)]
+    assert (torch.cat(parts, 1) - full).abs().max() < 1e-10
+    assert cache.length == sum(pieces)
+
+
+@given(specs())
+def test_a_token_never_sees_the_future(spec: ModelSpec) -> None:
+    model = build(spec, dtype=torch.float64)
+    ids = torch.zeros(1, 6, dtype=torch.long)
+    changed = ids.clone()
+    changed[0, 4:] = spec.vocab_size - 1
+    with torch.no_grad():
+        assert torch.equal(model(ids)[:, :4], model(changed)[:, :4])
+
+
+def reference_resize(x: torch.Tensor, width: int, history: list[torch.Tensor], carry: bool) -> torch.Tensor:
+    """The definition: coordinate i from the most recent state whose width covers i (arXiv 2606.18246, section 2)."""
+    have = x.shape[-1]
+    if width <= have:
+        return x[..., :width]
+    missing = []
+    for i in range(have, width):
+        states = [state[..., i] for state in reversed(history) if state.shape[-1] > i] if carry else []
+        missing.append(states[0] if states else torch.zeros_like(x[..., 0]))
+    return torch.cat((x, torch.stack(missing, -1)), -1)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.booleans())
+def test_the_stream_is_the_definition(widths: list[int], carry: bool) -> None:
+    generator = torch.Generator().manual_seed(sum(widths))
+    x = torch.randn(2, 3, widths[0], generator=generator)
+    stream, y, history = Stream(carry), x, [x]
+    for width in widths[1:]:
+        x, y = reference_resize(x, width, history, carry), stream.resize(y, width)
+        assert torch.equal(x, y)
+        x = x + torch.randn(x.shape, generator=generator)  # what a layer adds
+        y = x
+        history.append(x)
+    assert torch.equal(reference_resize(x, 9, history, True), _carried(stream, y, 9))
+
+
+def _carried(stream: Stream, y: torch.Tensor, width: int) -> torch.Tensor:
+    stream.carry = True
+    return stream.resize(y, width)
+
+
+def test_gradients_reach_carried_coordinates() -> None:
+    spec = spec_from(
+        {
+            "vocab_size": 11, "hidden_size": [16, 8, 16], "num_hidden_layers": 3, "num_attention_heads": 2,
+            "ffn": {"kind": "dense", "expansion": 2}, "transition": "carry_forward",
+        }
+    )  # fmt: skip
+    model = build(spec, dtype=torch.float64)
+    with torch.no_grad():  # cut the middle layer off: what it did not touch must still arrive
+        model.layers[1].self_attn.o_proj.weight.zero_()
+        model.layers[1].mlp.down_proj.weight.zero_()
+    model.loss(torch.arange(10)[None], torch.arange(1, 11)[None]).backward()
+    assert model.embed_tokens.weight.grad is not None
+    assert (model.embed_tokens.weight.grad[:10, 8:].abs().sum(0) > 0).all()
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 9), st.integers(1, 5), st.integers(1, 5))
+def test_both_attention_paths_agree(groups: int, share: int, length: int, head_dim: int, v_head_dim: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q = torch.randn(2, groups * share, length, head_dim, dtype=torch.float64, generator=generator)
+    k = torch.randn(2, groups, length, head_dim, dtype=torch.float64, generator=generator)
+    v = torch.randn(2, groups, length, v_head_dim, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        fused = attend(q, k, v, 0.3)
+    assert (fused - plain_attention(q, k, v, 0.3)).abs().max() < 1e-12
+
+
+def test_grouped_heads_equal_repeated_heads() -> None:
+    keys = {
+        "vocab_size": 13,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 4,
+        "intermediate_size": 8,
+    }
+    grouped = build(spec_from({**keys, "num_key_value_heads": 2}), dtype=torch.float64)
+    full = build(spec_from(keys), dtype=torch.float64)
+    state = grouped.state_dict()
+    for name in ("layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"):
+        state[name] = state[name].view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+    full.load_state_dict(state)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert (grouped(ids) - full(ids)).abs().max() < 1e-12
+
+
+def test_initial_weights_are_a_function_of_spec_and_seed(contract) -> None:  # type: ignore[no-untyped-def]
+    spec = load_spec(contract / "spec-uniform.yaml")
+    one, two, other = build(spec, 1), build(spec, 1), build(spec, 2)
+    for (name, a), b, c in zip(one.named_parameters(), two.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not name.endswith("proj.weight") or not torch.equal(a, c)
+
+
+@settings(max_examples=20)
+@given(specs())
+def test_every_weight_is_set_and_has_its_spread(spec: ModelSpec) -> None:
+    model = build(spec)
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        if parameter.ndim >= 2 and parameter.numel() > 400:
+            expected = parameter.shape[-1] ** -0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj.up.weight")):
+                expected /= (2 * spec.num_hidden_layers) ** 0.5
+            assert parameter.std().item() == pytest.approx(expected, rel=0.25), name
+
+
+def test_a_first_loss_is_near_that_of_guessing(contract) -> None:  # type: ignore[no-untyped-def]
+    model = build(load_spec(contract / "spec-uniform.yaml"))
+    ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+    assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(5.545, abs=0.8)
+
+
+def test_meta_costs_no_memory() -> None:
+    model = build_meta(load_spec("tests/data/hf/llama-3-8b.json"))
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert all(p.is_meta for p in model.parameters())

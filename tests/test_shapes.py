@@ -1,0 +1,133 @@
+"""Width profiles against the authors' released schedules (arXiv 2606.18246) and against exact matching."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scantling.costing import cost
+from scantling.errors import InputError
+from scantling.resolve import spec_from
+from scantling.shapes import Accounting, WidthProfile, published_widths
+from scantling.spec import ModelSpec
+
+RECORDS = json.loads((Path(__file__).parent / "data/variable_width/schedules.json").read_text())
+FLAGS = {"original_input_width": True, "original_output_width": True, "wide_unembedding": False}
+SOLVED = [record for record in RECORDS["records"] if not record["inputs"].get("fixed_residual_width")]
+
+
+def profile_of(inputs: dict[str, Any], **changes: Any) -> WidthProfile:
+    keys = ("bottleneck_ratio", "expansion_factor", "reduction_factor", "delta", "delta_neg", "base_width")
+    return WidthProfile(
+        profile="arithmetic" if "delta" in inputs and "bottleneck_ratio" not in inputs else "geometric",
+        turn_layer=inputs["max_layer"],
+        symmetric=inputs["symmetric_widths"],
+        duplicate_turn_layer=inputs["duplicate_max_layer"],
+        quantize_to=inputs["quantize_to"],
+        permute=inputs.get("permute_widths_seed"),
+        match="published",
+        **{key: inputs[key] for key in keys if key in inputs},
+        **{key: inputs.get(key, default) for key, default in FLAGS.items()},
+        **changes,
+    )
+
+
+def accounting_of(inputs: dict[str, Any]) -> Accounting:
+    moe, width = inputs.get("moe"), inputs["hidden_size"]
+    share = moe["num_experts"] * moe["moe_intermediate_size"] / width if moe else 4.0
+    experts = moe["num_experts"] if moe else 0
+    return Accounting(inputs["vocab_size"], width, inputs["num_layers"], ffn=3 * share, down=share, experts=experts)
+
+
+@pytest.mark.parametrize("record", SOLVED, ids=lambda record: record["id"])
+def test_released_schedules(record: dict[str, Any]) -> None:
+    inputs, account = record["inputs"], accounting_of(record["inputs"])
+    found = published_widths(profile_of(inputs), account, inputs["quantize_to"])
+    assert found.widths == record["widths"]
+    assert found.base == record["base_width"]
+    assert found.base_continuous == pytest.approx(record["base_width_continuous"], rel=1e-9)
+    slopes = [(found.slope.before, "expansion_factor", "delta"), (found.slope.after, "reduction_factor", "delta_neg")]
+    for value, geometric, arithmetic in slopes:
+        assert value == pytest.approx(record[geometric] or record[arithmetic], rel=1e-9)
+    if "widths_without_base_rounding" in record:
+        paper = published_widths(profile_of(inputs, round_base=False), account, inputs["quantize_to"])
+        assert paper.widths == record["widths_without_base_rounding"]
+
+
+@pytest.mark.parametrize("record", RECORDS["error_records"], ids=lambda record: record["id"])
+def test_what_the_authors_refuse_is_refused(record: dict[str, Any]) -> None:
+    inputs = record["inputs"]
+    mapping = {
+        "vocab_size": inputs["vocab_size"],
+        "hidden_size": inputs["hidden_size"],
+        "num_hidden_layers": inputs["num_layers"],
+        "num_attention_heads": inputs["num_attention_heads"],
+        "ffn": {"kind": "dense", "expansion": 4},
+        "transition": "carry_forward",
+        "width": {
+            "match": "published",
+            "turn_layer": inputs["max_layer"],
+            "quantize_to": inputs["quantize_to"],
+            **{key: inputs[key] for key in ("bottleneck_ratio", "delta", "base_width") if key in inputs},
+        },
+    }
+    with pytest.raises(InputError):
+        spec_from(mapping)
+
+
+def model(match: str, width: int = 64, depth: int = 8, ratio: float | None = 0.3, **keys: Any) -> ModelSpec:
+    mapping: dict[str, Any] = {
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 2,
+        "ffn": {"kind": "dense", "expansion": 4},
+        **keys,
+    }
+    if ratio is not None:
+        mapping |= {"width": {"bottleneck_ratio": ratio, "match": match}, "transition": "carry_forward"}
+    return spec_from(mapping)
+
+
+FFN_KINDS: list[dict[str, Any]] = [
+    {"kind": "dense", "expansion": 4},
+    {"kind": "low_rank", "expansion": 4, "rank": 16, "gated": False},
+    {"kind": "block_shuffle", "expansion": 4, "num_blocks": 2},
+    {"kind": "moe", "num_local_experts": 4, "num_experts_per_tok": 2, "expert": {"kind": "dense", "expansion": 1}},
+]
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(["allocated", "flops", "kv_bytes"]),
+    st.integers(12, 40),
+    st.integers(4, 16),
+    st.floats(0.2, 0.9),
+    st.sampled_from(FFN_KINDS),
+    st.sampled_from([1, 2]),
+)
+def test_exact_matching_matches_what_is_allocated(
+    match: str, units: int, depth: int, ratio: float, ffn: dict[str, Any], kv_heads: int
+) -> None:
+    """The matched quantity is within one quantisation step of one layer of the uniform baseline's."""
+    measures = {
+        "allocated": lambda c: c.params["total"],
+        "flops": lambda c: c.flops_per_token["forward"],
+        "kv_bytes": lambda c: c.kv_cache_bytes_per_token,
+    }
+    keys = {"ffn": ffn, "num_key_value_heads": kv_heads}
+    width = 4 * units
+    found, base = model(match, width, depth, ratio, **keys), model(match, width, depth, None, **keys)
+    one_step = max(
+        abs(
+            measures[match](cost(model(match, width + 4, 1, None, **keys)))
+            - measures[match](cost(model(match, width, 1, None, **keys)))
+        ),
+        1,
+    )
+    assert abs(measures[match](cost(found)) - measures[match](cost(base))) <= 2 * one_step
+    assert found.widths[0] == found.widths[-1] == max(found.widths) or ratio > 0.85
