@@ -19,7 +19,7 @@ _HOMES = {
     "plan": "scantling.planning",
     "report": "scantling.reporting",
 }
-__all__ = ["ModelSpec", "build", "cost", "fit", "load_law", "load_spec", "plan", "report", "train"]  # noqa: F822
+__all__ = ["ModelSpec", "build", "cost", "fit", "load_law", "load_spec", "plan", "report", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -251,10 +251,28 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
 
 def plan(found: Plan) -> None:
     """Ranked candidates, the best one in words, and the notes."""
-    columns = ("shape", "heads", "parameters", "tokens", "loss", "training", "serving", "memory", found.minimize, "margin")
-    table = _table(f"{len(found.candidates)} best of {found.screened:,} shapes, least {found.minimize} first", "", *columns)
+    columns = (
+        "shape",
+        "heads",
+        "parameters",
+        "tokens",
+        "loss",
+        "training",
+        "serving",
+        "memory",
+        found.minimize,
+        "margin",
+    )
+    screened = (
+        f"{len(found.candidates)} best of {found.screened:,} shapes"
+        if found.screened
+        else f"{len(found.candidates)} shapes"
+    )
+    table = _table(f"{screened}, least {found.minimize} first", "", *columns)
     for rank, item in enumerate(found.candidates, 1):
-        interval = "" if item.loss_low is None or item.loss_high is None else f" ({item.loss_low:.3f}-{item.loss_high:.3f})"
+        interval = (
+            "" if item.loss_low is None or item.loss_high is None else f" ({item.loss_low:.3f}-{item.loss_high:.3f})"
+        )
         table.add_row(
             f"{rank}",
             f"{item.num_hidden_layers:.6g} x {item.hidden_size:.6g}",
@@ -271,8 +289,8 @@ def plan(found: Plan) -> None:
     console.print(table)
     best = found.candidates[0]
     console.print(f"binding: {best.binding}")
-    for sentence in best.extrapolation:
-        console.print(f"* extrapolated: {sentence}")
+    if any(item.extrapolated for item in found.candidates):
+        console.print("* outside the range the law was fitted to")
     for note in found.notes:
         console.print(f"note: {note}")
     if best.yaml is not None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 
 from scantling.errors import InputError
 
@@ -154,6 +153,8 @@ class Chinchilla:
         if inference_tokens > 0:
             span = largest - smallest
             low = next(smallest + span * 10.0**-k for k in range(1, 15) if balance(smallest + span * 10.0**-k) > 0)
+            from scipy.optimize import brentq  # loaded only when an optimum is asked for
+
             log_n = float(brentq(balance, low, largest, xtol=1e-13))
         n = math.exp(log_n)
         d = float(self.tokens_for_loss(n, loss))

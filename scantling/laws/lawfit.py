@@ -5,14 +5,16 @@ Fits and published laws are the same kind of object: a published one lacks what 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from scantling.errors import InputError, suggest
 from scantling.laws.forms import Chinchilla, Downstream, Floats, as_floats, chinchilla_loss, compute_optimum
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = "scantling.law/1"
 PARAMETERS = {"chinchilla": ("A", "B", "E", "alpha", "beta")}
@@ -164,17 +166,17 @@ class LawFit:
             name: None if name in self.fixed else (float(low[i]), float(high[i])) for i, name in enumerate(self.params)
         }
 
-    def covariance(self) -> pd.DataFrame | None:
+    def covariance(self) -> "pd.DataFrame | None":
         """Covariance of the free parameters over the draws, in log A, log B, E, alpha, beta; None without draws."""
         frame = self._log_draws()
         return None if frame is None else frame.cov()
 
-    def correlations(self) -> pd.DataFrame | None:
+    def correlations(self) -> "pd.DataFrame | None":
         """Correlations of the free parameters over the draws, in log A, log B, E, alpha, beta; None without draws."""
         frame = self._log_draws()
         return None if frame is None else frame.corr()
 
-    def _log_draws(self) -> pd.DataFrame | None:
+    def _log_draws(self) -> "pd.DataFrame | None":
         if self.draws is None:
             return None
         columns = {}
@@ -182,6 +184,8 @@ class LawFit:
             if name not in self.fixed and not (self.tied and name == "beta"):
                 log = name in ("A", "B")
                 columns[f"log_{name}" if log else name] = np.log(self.draws[:, i]) if log else self.draws[:, i]
+        import pandas as pd
+
         return pd.DataFrame(columns)
 
     def predict(self, N: npt.ArrayLike, D: npt.ArrayLike, level: float = 0.95) -> Prediction:

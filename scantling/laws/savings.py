@@ -32,7 +32,7 @@ from scantling.laws.bootstrap import (
     noisy_losses,
     residual_sd,
 )
-from scantling.laws.fit import SINGULAR
+from scantling.laws.fitting import SINGULAR
 from scantling.laws.forms import Floats
 from scantling.laws.matched import MatchedRuns, matched_runs
 from scantling.laws.newton import Design, Minimum, Objective, minimise, resample

@@ -1,0 +1,121 @@
+"""The answer of a plan, as data: candidates best first, the optimum of the law alone, the front, and the notes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = "scantling.plan/1"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One shape with its predicted loss and its costs in the plan's convention.
+
+    Attributes:
+        parameters: N in the law's count; `params` holds the named counts of the built spec.
+        n_star: the real-valued N at which the law reaches the target with these heads; head-configuration laws only.
+        tokens: D.
+        loss_low, loss_high: 95% interval of the law, or None for the reason in `no_interval`.
+        flops: of all tokens of one context.
+        margin_percent: how much worse the next candidate's objective is.
+        binding: the constraint that keeps the objective from improving.
+        extrapolation: one sentence for each quantity outside the fitted range.
+        spec, yaml, hash: the buildable spec; None for real-valued shapes.
+    """
+
+    num_attention_heads: float
+    num_key_value_heads: float
+    hidden_size: float
+    num_hidden_layers: float
+    head_dim: float
+    intermediate_size: float
+    parameters: float
+    n_star: float | None
+    tokens: float
+    tokens_per_parameter: float
+    loss: float
+    loss_low: float | None
+    loss_high: float | None
+    no_interval: str | None
+    training_flops: float
+    serving_flops: float
+    lifetime_flops: float
+    flops: float
+    weight_bytes: float
+    kv_cache_bytes: float
+    memory_bytes: float
+    z: float | None
+    objective: float
+    binding: str
+    extrapolated: bool
+    extrapolation: tuple[str, ...]
+    params: dict[str, int] | None
+    spec: dict[str, Any] | None
+    yaml: str | None
+    hash: str | None
+    margin_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class LawOptimum:
+    """The real-valued optimum of the law alone: 6 N D to train, 2 N per served token, no shape.
+
+    Attributes:
+        compute_optimal_parameters, compute_optimal_tokens: the model of the same loss that is cheapest to train.
+        saving_flops, saving_percent: what the optimum saves over it in training plus serving.
+        intervals: 95% of N, D, M and loss over the law's draws, for a budget of training FLOPs.
+    """
+
+    parameters: float
+    tokens: float
+    tokens_per_parameter: float
+    loss: float
+    training_flops: float
+    lifetime_flops: float
+    compute_optimal_parameters: float
+    compute_optimal_tokens: float
+    saving_flops: float
+    saving_percent: float
+    intervals: dict[str, tuple[float, float]] | None
+    convention: str = "6 N D to train, 2 N per served token"
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """The best loss for a cost, or the least cost for a loss."""
+
+    cost: float
+    loss: float
+    parameters: float
+    tokens: float
+    hidden_size: float
+    num_hidden_layers: float
+    num_attention_heads: float
+    num_key_value_heads: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `plan`: candidates best first, the optimum of the law alone and of real-valued shapes, the front.
+
+    Attributes:
+        front: the plan solved again for other targets or budgets; `front_cost` names its cost axis.
+        screened: whole-number shapes priced.
+        notes: conventions, what was held fixed, extrapolation, near-ties.
+    """
+
+    minimize: str
+    cost_convention: str
+    parameters: str
+    law: str
+    candidates: tuple[Candidate, ...]
+    law_optimum: LawOptimum | None
+    real_optimum: Candidate
+    front_cost: str
+    front: tuple[FrontPoint, ...]
+    screened: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, in JSON types."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}

@@ -1,0 +1,164 @@
+"""What was fitted: the loss-matched saving between families, and the laws with their intervals and certificates."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scantling.laws import LawFit, Saving
+from scantling.reporting import figures
+from scantling.reporting.ladder import Ladder
+from scantling.reporting.markup import (
+    NONE,
+    Html,
+    Section,
+    bullets,
+    data_table,
+    known,
+    paragraph,
+    percent,
+    plot,
+    short_hash,
+    significant,
+    span,
+)
+from scantling.units import format_count, format_flops
+
+
+def saving_section(found: Sequence[Saving], looks: Mapping[str, figures.Style]) -> Section:
+    """Each candidate's saving on each path, and the joint fits it comes from."""
+    names = list(dict.fromkeys([found[0].baseline, *(item.candidate for item in found)]))
+    looks = {**figures.styles(names), **looks}
+    definition = Html(
+        "The saving S(C<sub>0</sub>) = 1 \u2212 C<sub>B</sub>(L<sub>A</sub>(C<sub>0</sub>)) / C<sub>0</sub> is the share of "
+        "C<sub>0</sub> training FLOPs that the candidate B can do without and still reach the loss that the baseline A reaches "
+        "with C<sub>0</sub>; it is positive when B needs less."
+    )
+    rule = (
+        "All runs are fitted at once with one floor E and one exponent \u03b7 of compute for both families; C counts the FLOPs "
+        "of each architecture. "
+        "The cross is the model-free check: the baseline's measured losses interpolated at the candidate's."
+    )
+    body = paragraph(definition) + plot(
+        figures.savings(found, looks), "saving", f"Loss-matched saving over {found[0].baseline}, with 95% intervals"
+    )
+    body += paragraph(rule, kind="note")
+    table: list[tuple[str, ...]] = []
+    for item in found:
+        check = NONE if item.measured is None else f"{percent(item.measured)} ({item.measured_points} points)"
+        stated = significant(item.multiplier, 3) if item.multiplier else "one path"
+        table.append(
+            (
+                *(f"{item.candidate} over {item.baseline}", stated, percent(item.value)),
+                *(span(item.low, item.high, percent), percent(item.probability), check),
+                *(format_flops(item.compute), f"{item.runs[0]} and {item.runs[1]}"),
+            )
+        )
+        for one in item.by_multiplier if len(item.by_multiplier) > 1 else ():
+            interval = span(one.low, one.high, percent)
+            table.append(("", significant(one.multiplier, 3), percent(one.value), interval, "", "", "", ""))
+    header = ("families", "tokens per parameter", "S", "95% interval", "P(S > 0)", "model-free", "at C0", "runs")
+    body += data_table("The saving on each path", "lrrrrrrr", header, table)
+    fits = [
+        (
+            f"{item.candidate} over {item.baseline}",
+            significant(item.E),
+            significant(item.eta),
+            percent(item.residual_sd, 2),
+            percent(item.held_out_shared, 2),
+            percent(item.held_out_separate, 2),
+            item.undefined,
+            item.bootstrap,
+        )
+        for item in found
+    ]
+    fit_header = (
+        "families|E|\u03b7|residual sd|held-out error, one \u03b7|held-out error, two \u03b7|"
+        "undefined resamples|interval from"
+    )
+    body += data_table("The joint fits behind it", "lrrrrrrl", fit_header, fits)
+    weak = dict.fromkeys(f"{item.candidate}: {note}." for item in found for note in item.notes)
+    return Section("saving", "Loss-matched saving", body + bullets(weak, kind="warnings"))
+
+
+# --- the laws ----------------------------------------------------------------------------------------------------------
+
+
+def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
+    """The parameters of each law, how it was fitted, what it predicted unseen, and what it warns of."""
+    body = paragraph(
+        Html(
+            "L(N, D) = E + A\u00a0N<sup>\u2212\u03b1</sup> + B\u00a0D<sup>\u2212\u03b2</sup>, in nats per token; "
+            "each value stands above its 95% interval."
+        ),
+        "Intervals are marginal: A is correlated with \u03b1, and B with \u03b2, so that their ends must not be combined.",
+    )
+    table: list[list[object]] = []
+    for symbol, name in (("E", "E"), ("A", "A"), ("\u03b1", "alpha"), ("B", "B"), ("\u03b2", "beta")):
+        table.append([Html(f"<i>{symbol}</i>"), *(_parameter(law, name) for law in laws.values())])
+    facts: dict[str, Any] = {
+        "rows fitted (runs)": lambda law: known(law.n, lambda n: f"{n}" + (f" ({law.n_runs})" if law.n_runs else "")),
+        "objective": _objective,
+        "objective at the minimum": lambda law: significant(law.objective_value, 6),
+        "exponents": lambda law: "tied: \u03b1 = \u03b2" if law.tied else "free",
+        "residual sd": lambda law: percent(law.residual_sd, 2),
+        "starts reaching the minimum": lambda law: known(
+            law.certificate, lambda found: f"{found.agreeing} of {found.starts}"
+        ),
+        "relative gradient there": lambda law: known(law.certificate, lambda found: significant(found.gradient, 2)),
+        "condition number": lambda law: known(law.certificate, lambda found: significant(found.condition, 3)),
+        "N fitted": lambda law: _range(law, "N", format_count),
+        "D fitted": lambda law: _range(law, "D", format_count),
+        "D/N fitted": lambda law: _range(law, "M", lambda value: significant(value, 3)),
+        "losses fitted": lambda law: _range(law, "loss", "{:.3f}".format),
+        "intervals from": lambda law: law.bootstrap,
+        "rows, SHA-256": lambda law: known(law.fingerprint or None, short_hash),
+    }
+    for label, shown in facts.items():
+        cells_of = [shown(law) for law in laws.values()]
+        if any(cell != NONE for cell in cells_of):
+            table.append([label, *cells_of])
+    body += data_table("Fitted laws", "l" + "r" * len(laws), ("", *laws), table)
+    held = [
+        [
+            *(name, item.rule, item.n_fit, item.n_held),
+            *(percent(item.are, 2), percent(item.bias, 2, sign=True), percent(item.baseline_are, 2)),
+            f"{item.compute_ratio:.2g}",
+        ]
+        for name, law in laws.items()
+        for item in law.holdouts
+    ]  # fmt: skip
+    header = (
+        "law|held out|rows fitted|rows held out|mean error (ARE)|signed bias|"
+        "error of \u201clowest loss so far\u201d|held-out / fitted compute"
+    )
+    if held:
+        body += data_table("Predicting what the fit did not see", "llrrrrrr", header, held)
+        body += paragraph("A negative bias is too optimistic: the runs came out worse than the law said.", kind="note")
+    counted = dict.fromkeys(f"{name}: {text}" for law in laws.values() for name, text in law.conventions.items())
+    body += paragraph(f"How things are counted. {'; '.join(counted)}.", kind="note") if counted else ""
+    warnings = [f"{name}: {sentence}." for name, law in laws.items() for sentence in law.warnings]
+    body += "<h3>Warnings of the fits</h3>" + bullets(warnings, kind="warnings") if warnings else ""
+    used = {name for name, _ in ladder.fitted.values()} if ladder else set()
+    sources = [f"{name}: {law.source}." for name, law in laws.items() if name not in used]
+    return Section("laws", "The laws", body + bullets(sources))
+
+
+def _parameter(law: LawFit, name: str) -> Html:
+    value = f"<b>{significant(law.params[name], 4)}</b>"
+    interval = law.intervals()[name]
+    below = "held" if name in law.fixed else "no interval" if interval is None else span(*interval)
+    return Html(f"{value}<br><small>{below}</small>")
+
+
+def _objective(law: LawFit) -> str:
+    names = {
+        "huber": "Huber of log residuals",
+        "lad": "absolute log residuals",
+        "ols": "squared log residuals",
+        "ols_raw": "squared residuals",
+    }
+    delta = f", \u03b4 = {law.delta:g}" if law.delta is not None else ""
+    return known(law.objective, lambda key: names.get(key, key) + delta)
+
+
+def _range(law: LawFit, name: str, shown: Callable[[Any], str]) -> str:
+    return span(*law.ranges[name], shown) if name in law.ranges else NONE
