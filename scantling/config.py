@@ -10,8 +10,9 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from scantling.corpus import DataConfig
 from scantling.errors import InputError, suggest
+from scantling.parts import Fraction, Frozen, Positive, Real, Size
 from scantling.resolve import plain_message, resolve, to_mapping
-from scantling.spec import Fraction, Frozen, ModelSpec, Positive, Real, Size
+from scantling.spec import ModelSpec
 from scantling.units import parse_count
 from scantling.yamlio import Document, canonical_json, from_mapping, load, show
 

@@ -15,14 +15,28 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from scantling import hf_config
-from scantling.costing import ffn_weights, layer_rows, total
+from scantling import hf_config, parts
+from scantling.costing import total
 from scantling.errors import InputError, suggest
+from scantling.rows import ffn_weights, layer_rows
 from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.yamlio import Document, KeyPath, dumps, from_mapping, load, show
 
-SPEC_KEYS = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "embedding_size", "unembedding_size")
+SPEC_KEYS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "embedding_size",
+    "unembedding_size",
+    "learned_positions",
+    "embedding_multiplier",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "lm_head_bias",
+    "branches",
+    "initialization",
+)
 LAYER_KEYS = (
     "hidden_size",
     "num_attention_heads",
@@ -30,15 +44,27 @@ LAYER_KEYS = (
     "head_dim",
     "v_head_dim",
     "attention_bias",
+    "attention_out_bias",
     "attention_multiplier",
+    "attn_logit_softcapping",
+    "sliding_window",
+    "qk_norm",
     "position",
     "norm",
+    "norm_placement",
+    "use_parallel_residual",
+    "residual_multiplier",
     "ffn",
 )
-LAYER_SHORT_FORMS = ("intermediate_size", "hidden_act", "mlp_bias", "rope_theta", "rms_norm_eps")
+LAYER_SHORT_FORMS = ("intermediate_size", "hidden_act", "mlp_bias", "rope_theta", "rms_norm_eps", "layer_norm_eps")
 MODEL_SHORT_FORMS = ("num_hidden_layers", "per_layer_config", "width", "transition", "final_norm")
 KNOWN = (*SPEC_KEYS, *LAYER_KEYS, *LAYER_SHORT_FORMS, *MODEL_SHORT_FORMS)
 MAX_LAYERS = 4096
+UNION_TAGS = frozenset(
+    str(kind.model_fields["kind"].annotation.__args__[0])  # type: ignore[union-attr]
+    for kind in vars(parts).values()
+    if isinstance(kind, type) and issubclass(kind, parts.Frozen) and "kind" in kind.model_fields
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -93,14 +119,14 @@ class _Resolver:
         layers = [self.layer(index, overrides, widths[index] if widths else None) for index in range(self.depth)]
         fields: dict[str, Any] = {key: self.value[key] for key in SPEC_KEYS if self.value.get(key) is not None}
         sources: dict[str, KeyPath] = {key: (key,) for key in fields}
-        if self.value.get("transition") is not None:
-            transition = self.value["transition"]
-            fields["transition"] = {"kind": transition} if isinstance(transition, str) else transition
-        if self.value.get("final_norm") is not None:
-            fields["final_norm"] = self.value["final_norm"]
-        elif not isinstance(eps := self.value.get("rms_norm_eps"), list | None) and not isinstance(eps, bool):
-            fields["final_norm"] = {"kind": "rms_norm", "eps": eps}
-            sources["final_norm"] = ("rms_norm_eps",)
+        for key in ("transition", "initialization"):
+            if self.value.get(key) is not None:
+                fields[key] = _kind(self.value[key])
+        if "final_norm" in self.value:
+            final = self.value["final_norm"]
+            fields["final_norm"] = None if final in (None, "none") else _kind(final)
+        else:
+            self.fill_final_norm(fields, sources)
         resolved = [layer for layer in layers if layer is not None]
         if len(resolved) == len(layers) > 0:
             self.end_widths(fields, profile, widths, resolved)
@@ -112,6 +138,16 @@ class _Resolver:
         if self.faults or spec is None:
             raise InputError(*dict.fromkeys(self.faults))
         return spec
+
+    def fill_final_norm(self, fields: dict[str, Any], sources: dict[str, KeyPath]) -> None:
+        """Without `final_norm`, the kind and eps that all layers share."""
+        norm, key = self.value.get("norm"), "norm"
+        if norm is None:
+            key = next((name for name in ("rms_norm_eps", "layer_norm_eps") if name in self.value), "norm")
+            norm = _norm_short_form(key, self.value.get(key))
+        if isinstance(norm, dict | str) and not isinstance(norm, list):
+            fields["final_norm"] = _at_layer(_kind(norm), self.depth - 1, self.depth)
+            sources["final_norm"] = (key,)
 
     def end_widths(
         self, fields: dict[str, Any], profile: WidthProfile | None, widths: list[int] | None, layers: list[LayerSpec]
@@ -195,11 +231,13 @@ class _Resolver:
         if "rope_theta" in raw:
             raw.setdefault("position", {"kind": "rope", "rope_theta": raw["rope_theta"]})
             sources.setdefault("position", sources["rope_theta"])
-        if "rms_norm_eps" in raw:
-            raw.setdefault("norm", {"kind": "rms_norm", "eps": raw["rms_norm_eps"]})
-            sources.setdefault("norm", sources["rms_norm_eps"])
-        if isinstance(raw.get("position"), str):
-            raw["position"] = {"kind": raw["position"]}
+        for key in ("rms_norm_eps", "layer_norm_eps"):
+            if key in raw:
+                raw.setdefault("norm", _norm_short_form(key, raw[key]))
+                sources.setdefault("norm", sources[key])
+        for key in ("position", "norm"):
+            if key in raw:
+                raw[key] = _kind(raw[key])
         fields = {key: raw[key] for key in LAYER_KEYS if key in raw}
         return self.validate(LayerSpec, fields, sources, unusable)
 
@@ -391,21 +429,20 @@ def plain_message(error: Any) -> str:
     return f"{error['msg'].replace('Input should be', 'expected')}, got {show(value)}"
 
 
+def _kind(value: Any) -> Any:
+    """`rope` for `{kind: rope}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _norm_short_form(key: str, eps: Any) -> dict[str, Any] | None:
+    if eps is None or isinstance(eps, list):
+        return None
+    return {"kind": "rms_norm" if key == "rms_norm_eps" else "layer_norm", "eps": eps}
+
+
 def _written(loc: tuple[int | str, ...]) -> KeyPath:
     """Drop the union tags that pydantic puts into a location; they are not keys of the file."""
-    tags = {
-        "dense",
-        "low_rank",
-        "block_shuffle",
-        "block_dense",
-        "moe",
-        "rope",
-        "none",
-        "rms_norm",
-        "carry_forward",
-        "zero",
-    }
-    return tuple(part for part in loc if part not in tags)
+    return tuple(part for part in loc if part not in UNION_TAGS)
 
 
 def _at_layer(value: Any, index: int, depth: int) -> Any:
@@ -469,8 +506,11 @@ def to_mapping(spec: ModelSpec) -> dict[str, Any]:
     merged = {
         key: _merge([layer.get(key) for layer in layers]) for key in LAYER_KEYS if any(key in layer for layer in layers)
     }
-    order = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "embedding_size", "unembedding_size")
-    head = {key: data.pop(key) for key in order if key in data}
+    head = {key: data.pop(key) for key in SPEC_KEYS if key in data}
+    # without it, a reader would take the layers' norm
+    final = "none" if spec.final_norm is None else spec.final_norm.model_dump(mode="json", exclude_defaults=True)
+    if "norm" in merged or spec.final_norm != ModelSpec.model_fields["final_norm"].default:
+        data["final_norm"] = final
     return {**head, "num_hidden_layers": spec.num_hidden_layers, **merged, **data}
 
 

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from scantling.spec import Frozen, Positive, Real, Size
+from scantling.parts import Frozen, Positive, Real, Size
 
 Match = Literal["allocated", "flops", "kv_bytes", "published", "none"]
 

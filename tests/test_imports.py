@@ -14,7 +14,9 @@ PACKAGE = Path(scantling.__file__).parent
 LAYERS = [
     ["errors"],
     ["units", "yamlio"],
+    ["parts"],
     ["spec"],
+    ["rows"],
     ["costing"],
     ["shapes", "hf_config"],
     ["resolve"],

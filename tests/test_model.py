@@ -1,13 +1,16 @@
 """Modules: cached decoding equals the full forward, carry-forward equals its definition, initial weights, attention paths."""
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from scantling.model import Cache, build, build_meta
 from scantling.model.attention import attend, plain_attention
-from scantling.model.stream import Stream
+from scantling.model.stream import Resize, Stream
+from scantling.parts import CarryForward, Gaussian, Zero
 from scantling.resolve import load_spec, spec_from
 from scantling.spec import ModelSpec
 from tests.strategies import specs
@@ -15,6 +18,7 @@ from tests.strategies import specs
 
 @given(specs(), st.integers(0, 2**31), st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_cached_decoding_equals_the_full_forward(spec: ModelSpec, seed: int, pieces: list[int]) -> None:
+    assume(not isinstance(spec.transition, Gaussian))  # fresh noise at every pass
     model = build(spec, seed=seed, dtype=torch.float64)
     ids = torch.randint(0, spec.vocab_size, (2, sum(pieces)), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -27,6 +31,7 @@ def test_cached_decoding_equals_the_full_forward(spec: ModelSpec, seed: int, pie
 
 @given(specs())
 def test_a_token_never_sees_the_future(spec: ModelSpec) -> None:
+    assume(not isinstance(spec.transition, Gaussian))
     model = build(spec, dtype=torch.float64)
     ids = torch.zeros(1, 6, dtype=torch.long)
     changed = ids.clone()
@@ -50,20 +55,17 @@ def reference_resize(x: torch.Tensor, width: int, history: list[torch.Tensor], c
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.booleans())
 def test_the_stream_is_the_definition(widths: list[int], carry: bool) -> None:
     generator = torch.Generator().manual_seed(sum(widths))
+    transition = CarryForward(kind="carry_forward") if carry else Zero(kind="zero")
     x = torch.randn(2, 3, widths[0], generator=generator)
-    stream, y, history = Stream(carry), x, [x]
-    for width in widths[1:]:
-        x, y = reference_resize(x, width, history, carry), stream.resize(y, width)
+    stream, y, history = Stream(), x, [x]
+    for have, width in itertools.pairwise(widths):
+        x, y = reference_resize(x, width, history, carry), Resize(transition, have, width)(y, stream)
         assert torch.equal(x, y)
         x = x + torch.randn(x.shape, generator=generator)  # what a layer adds
         y = x
         history.append(x)
-    assert torch.equal(reference_resize(x, 9, history, True), _carried(stream, y, 9))
-
-
-def _carried(stream: Stream, y: torch.Tensor, width: int) -> torch.Tensor:
-    stream.carry = True
-    return stream.resize(y, width)
+    last = Resize(transition, widths[-1], 9, last=True)(y, stream)  # into the head, zero carries too
+    assert torch.equal(reference_resize(x, 9, history, True), last)
 
 
 def test_gradients_reach_carried_coordinates() -> None:
@@ -122,17 +124,33 @@ def test_initial_weights_are_a_function_of_spec_and_seed(contract) -> None:  # t
         assert not name.endswith("proj.weight") or not torch.equal(a, c)
 
 
-@settings(max_examples=20)
+@settings(max_examples=30)
 @given(specs())
-def test_every_weight_is_set_and_has_its_spread(spec: ModelSpec) -> None:
-    model = build(spec)
-    for name, parameter in model.named_parameters():
-        assert torch.isfinite(parameter).all(), name
-        if parameter.ndim >= 2 and parameter.numel() > 400:
-            expected = parameter.shape[-1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj.up.weight")):
-                expected /= (2 * spec.num_hidden_layers) ** 0.5
-            assert parameter.std().item() == pytest.approx(expected, rel=0.25), name
+def test_every_weight_is_set(spec: ModelSpec) -> None:
+    for name, parameter in build(spec).named_parameters():
+        assert torch.isfinite(parameter).all() and parameter.abs().max() < 20, name
+
+
+def test_initial_spreads() -> None:
+    keys = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
+    for init, embedding, matrix, writer in (
+        ({"kind": "fan_in"}, 1 / 8, 1 / 8, 1 / 16),
+        ({"kind": "normal", "std": 0.02}, 0.02, 0.02, 0.02),
+        ({"kind": "normal", "std": 0.02, "depth_scaled": True}, 0.02, 0.02, 0.01),
+        ({"kind": "mup"}, 0.1, 0.1 / 8**0.5, 0.05 / 8**0.5),
+    ):
+        model = build(spec_from({**keys, "initialization": init}))
+        layer = model.layers[0]
+        assert model.embed_tokens.weight.std().item() == pytest.approx(embedding, rel=0.05)
+        assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(matrix, rel=0.05)
+        assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(writer, rel=0.05)
+        assert (layer.input_layernorm.weight == 1).all()
 
 
 def test_a_first_loss_is_near_that_of_guessing(contract) -> None:  # type: ignore[no-untyped-def]

@@ -114,7 +114,8 @@ class Saving:
         if self.low is None or self.high is None:
             found = f"{unsure}there is no interval ({self.bootstrap})"
         elif self.low <= 0 <= self.high:
-            found = f"{unsure}the 95% interval of the saving, {self.low:.1%} to {self.high:.1%}, includes 0"
+            low = f"{self.low:.1%}" if np.isfinite(self.low) else "never reaching that loss"
+            found = f"{unsure}the 95% interval of the saving, {low} to {self.high:.1%}, includes 0"
         else:
             ends = sorted((abs(self.low), abs(self.high)))
             found = (

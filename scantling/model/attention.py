@@ -1,4 +1,4 @@
-"""Grouped-query attention with free head sizes, rotary positions and a key/value cache.
+"""Grouped-query attention with free head sizes, positions, windows and a key/value cache.
 
 Shape letters: b batch, t new positions, s attended positions, h query heads, g key/value heads, k head_dim, v v_head_dim.
 """
@@ -7,10 +7,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from scantling.spec import LayerSpec, Rope
+from scantling.model.norm import Norm
+from scantling.model.rotary import rotary_table, rotate
+from scantling.parts import RMSNorm, Rope
+from scantling.spec import LayerSpec
 
 PLAIN_LENGTH = 512  # longest sequence for which scores are kept for the backward pass on a CPU
 
@@ -18,17 +21,28 @@ PLAIN_LENGTH = 512  # longest sequence for which scores are kept for the backwar
 class Attention(nn.Module):
     """softmax(q k^T scale) v with `num_attention_heads` query heads sharing `num_key_value_heads` key/value heads.
 
-    Query head j reads key/value head j // (heads / kv_heads). Causal.
+    Query head j reads key/value head j // (heads / kv_heads). Causal, optionally within a sliding window.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        width, bias = spec.hidden_size, spec.attention_bias
+        width, bias, heads, kv_heads = (
+            spec.hidden_size,
+            spec.attention_bias,
+            spec.num_attention_heads,
+            spec.num_key_value_heads,
+        )
         self.spec = spec
-        self.q_proj = nn.Linear(width, spec.num_attention_heads * spec.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, spec.num_key_value_heads * spec.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, spec.num_key_value_heads * spec.v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(spec.num_attention_heads * spec.v_head_dim, width, bias=bias)
+        self.q_proj = nn.Linear(width, heads * spec.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, kv_heads * spec.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, kv_heads * spec.v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * spec.v_head_dim, width, bias=spec.out_bias)
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not None:
+            norm = RMSNorm(kind="rms_norm", eps=spec.qk_norm.eps)
+            over_all = spec.qk_norm.over == "all"
+            self.q_norm = Norm(norm, spec.head_dim * (heads if over_all else 1))
+            self.k_norm = Norm(norm, spec.head_dim * (kv_heads if over_all else 1))
 
     def forward(
         self, x: Float[Tensor, "batch seq width"], past: "LayerCache | None" = None
@@ -36,18 +50,28 @@ class Attention(nn.Module):
         """Attend; with `past`, to the cached positions too, which the new ones then join."""
         spec = self.spec
         batch, length, _ = x.shape
-        q_bhtk = self.q_proj(x).view(batch, length, spec.num_attention_heads, spec.head_dim).transpose(1, 2)
-        k_bgtk = self.k_proj(x).view(batch, length, spec.num_key_value_heads, spec.head_dim).transpose(1, 2)
+        q_bhtk = self._heads(self.q_proj(x), self.q_norm)
+        k_bgtk = self._heads(self.k_proj(x), self.k_norm)
         v_bgtv = self.v_proj(x).view(batch, length, spec.num_key_value_heads, spec.v_head_dim).transpose(1, 2)
         start = past.length if past is not None else 0
         if isinstance(spec.position, Rope):
-            cos, sin = rotary_table(start + length, spec.head_dim, spec.position.rope_theta, x.device, x.dtype)
+            cos, sin = rotary_table(spec.position, spec.head_dim, start + length, x.device, x.dtype)
             q_bhtk = rotate(q_bhtk, cos[start:], sin[start:])
             k_bgtk = rotate(k_bgtk, cos[start:], sin[start:])
         if past is not None:
             k_bgtk, v_bgtv = past.append(k_bgtk, v_bgtv)
-        y_bhtv = attend(q_bhtk, k_bgtk, v_bgtv, spec.scale)
+        y_bhtv = attend(q_bhtk, k_bgtk, v_bgtv, spec.scale, spec.sliding_window, spec.attn_logit_softcapping)
         return self.o_proj(y_bhtv.transpose(1, 2).reshape(batch, length, -1))
+
+    def _heads(self, projected: Tensor, norm: Norm | None) -> Tensor:
+        """(b, t, heads x k) as (b, heads, t, k), normalised per head or over all heads."""
+        over_all = self.spec.qk_norm is not None and self.spec.qk_norm.over == "all"
+        if norm is not None and over_all:
+            projected = norm(projected)
+        split = projected.unflatten(-1, (-1, self.spec.head_dim))
+        if norm is not None and not over_all:
+            split = norm(split)
+        return split.transpose(1, 2)
 
 
 def attend(
@@ -55,62 +79,62 @@ def attend(
     k: Float[Tensor, "batch kv_heads attended head_dim"],
     v: Float[Tensor, "batch kv_heads attended v_head_dim"],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads seq v_head_dim"]:
     """Causal attention; the queries are the last `seq` of the `attended` positions.
 
     Training on a CPU at short lengths takes plain matrix products: torch's fused CPU kernel is slower there (LOG.md).
+    So do soft-capped scores, which no fused kernel knows.
     """
     new, attended = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and torch.is_grad_enabled() and new == attended <= PLAIN_LENGTH:
-        return plain_attention(q, k, v, scale)
-    mask = None
-    if 1 < new < attended:
-        mask = torch.ones(new, attended, dtype=torch.bool, device=q.device).tril(attended - new)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=new == attended and new > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    whole = window is None or window >= attended
+    short = q.device.type == "cpu" and torch.is_grad_enabled() and new == attended <= PLAIN_LENGTH
+    if short or softcap is not None:
+        return plain_attention(q, k, v, scale, window, softcap)
+    grouped = q.shape[1] != k.shape[1]
+    if whole and new in (1, attended):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, scale=scale, enable_gqa=grouped)
+    mask = visible(new, attended, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def plain_attention(
     q: Float[Tensor, "batch heads seq head_dim"],
-    k: Float[Tensor, "batch kv_heads seq head_dim"],
-    v: Float[Tensor, "batch kv_heads seq v_head_dim"],
+    k: Float[Tensor, "batch kv_heads attended head_dim"],
+    v: Float[Tensor, "batch kv_heads attended v_head_dim"],
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch heads seq v_head_dim"]:
-    """Causal attention of a whole sequence, written out; query heads of a group share one matrix product."""
-    batch, heads, length, _ = q.shape
-    groups = k.shape[1]
-    stacked = (q * scale).reshape(batch, groups, heads // groups * length, -1)
-    scores = (stacked @ k.transpose(-1, -2)).view(batch, groups, heads // groups, length, length)
-    weights = (scores + causal_mask(length, q.device, scores.dtype)).softmax(-1)
-    mixed = weights.view(batch, groups, heads // groups * length, length) @ v
-    return mixed.view(batch, heads, length, -1)
+    """`attend` written out; query heads of a group share one matrix product."""
+    batch, heads, new, _ = q.shape
+    groups, attended = k.shape[1], k.shape[2]
+    stacked = (q * scale).reshape(batch, groups, heads // groups * new, -1)
+    scores = (stacked @ k.transpose(-1, -2)).view(batch, groups, heads // groups, new, attended)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = (scores + hidden(new, attended, window, q.device, scores.dtype)).softmax(-1)
+    mixed = weights.view(batch, groups, heads // groups * new, attended) @ v
+    return mixed.view(batch, heads, new, -1)
 
 
-@lru_cache(maxsize=16)
-def causal_mask(length: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "seq seq"]:
-    """0 where a position may be attended to, -inf above the diagonal."""
+@lru_cache(maxsize=32)
+def visible(new: int, attended: int, window: int | None, device: torch.device) -> Bool[Tensor, "seq attended"]:
+    """Which of the attended positions each of the last `new` may look at."""
     with torch.inference_mode(False):
-        return torch.full((length, length), float("-inf"), device=device, dtype=dtype).triu(1)
+        mask = torch.ones(new, attended, dtype=torch.bool, device=device).tril(attended - new)
+        return mask if window is None else mask.triu(attended - new - window + 1)
 
 
-@lru_cache(maxsize=64)
-def rotary_table(
-    length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Float[Tensor, "seq half"], Float[Tensor, "seq half"]]:
-    """cos and sin of position x theta^(-2i/head_dim), computed in float64."""
+@lru_cache(maxsize=32)
+def hidden(
+    new: int, attended: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "seq attended"]:
+    """0 where a position may be attended to, -inf elsewhere."""
     with torch.inference_mode(False):
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-        angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * theta**-exponents
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(
-    x: Float[Tensor, "batch heads seq head_dim"], cos: Float[Tensor, "seq half"], sin: Float[Tensor, "seq half"]
-) -> Float[Tensor, "batch heads seq head_dim"]:
-    """Rotate dimension i against i + head_dim/2 (rotate-half pairing)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        zeros = torch.zeros(new, attended, device=device, dtype=dtype)
+        return zeros.masked_fill(~visible(new, attended, window, device), float("-inf"))
 
 
 class LayerCache:

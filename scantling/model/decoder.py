@@ -1,4 +1,6 @@
-"""The whole model: embedding, layers along the residual stream, final norm, head. And its initial weights, in one place."""
+"""The whole model: embedding, layers along the residual stream, parallel stacks, final norm, head."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -6,38 +8,50 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scantling.model.attention import Attention, LayerCache
-from scantling.model.ffn import BlockDiagonal, feed_forward
-from scantling.model.stream import Stream
-from scantling.spec import CarryForward, LayerSpec, ModelSpec, RMSNorm
-
-
-class Norm(nn.Module):
-    """RMSNorm over the last axis with a learned gain."""
-
-    def __init__(self, spec: RMSNorm, width: int) -> None:
-        super().__init__()
-        self.eps = spec.eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+from scantling.model.ffn import MixtureOfExperts, feed_forward
+from scantling.model.init import initialise
+from scantling.model.norm import Norm
+from scantling.model.stream import Resize, Stream
+from scantling.parts import Branches, Compress
+from scantling.spec import LayerSpec, ModelSpec
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), all at this layer's width."""
+    """Attention and feed-forward around the residual stream, all at this layer's width."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
+        self.placement, self.parallel, self.multiplier = (
+            spec.norm_placement,
+            spec.use_parallel_residual,
+            spec.residual_multiplier,
+        )
         self.input_layernorm = Norm(spec.norm, spec.hidden_size)
         self.self_attn = Attention(spec)
         self.post_attention_layernorm = Norm(spec.norm, spec.hidden_size)
+        if self.placement == "sandwich":
+            self.pre_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
+            self.post_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
         self.mlp = feed_forward(spec.ffn, spec.hidden_size)
 
     def forward(
         self, x: Float[Tensor, "batch seq width"], past: LayerCache | None = None
     ) -> Float[Tensor, "batch seq width"]:
-        x = x + self.self_attn(self.input_layernorm(x), past)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        first, second, m = self.input_layernorm, self.post_attention_layernorm, self.multiplier
+        match self.placement:
+            case "pre" if self.parallel:
+                return x + m * self.self_attn(first(x), past) + m * self.mlp(second(x))
+            case "pre":
+                x = x + m * self.self_attn(first(x), past)
+                return x + m * self.mlp(second(x))
+            case "post_residual":
+                x = first(x + m * self.self_attn(x, past))
+                return second(x + m * self.mlp(x))
+            case "post_branch":
+                x = x + m * first(self.self_attn(x, past))
+                return x + m * second(self.mlp(x))
+        x = x + m * second(self.self_attn(first(x), past))
+        return x + m * self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Cache:
@@ -56,37 +70,123 @@ class Cache:
     @property
     def length(self) -> int:
         """Positions cached so far."""
-        return self.layers[0].length
+        return max(layer.length for layer in self.layers)
+
+
+class Mix(nn.Module):
+    """What parallel stacks read and how their outputs are mixed (arXiv 2404.14462)."""
+
+    def __init__(self, spec: Branches, embedding: int, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.entry == "projection":
+            self.entries = nn.ModuleList(nn.Linear(embedding, width) for _ in range(spec.count))
+        self.weight = nn.Parameter(torch.empty(spec.count if spec.mixing == "softmax" else 1))
+
+    def entry(self, x: Float[Tensor, "batch seq width"], branch: int) -> Float[Tensor, "batch seq branch_width"]:
+        """The input of one stack."""
+        match self.spec.entry:
+            case "projection":
+                return self.entries[branch](x)
+            case "split":
+                return x.chunk(self.spec.count, dim=-1)[branch]
+        return x
+
+    def weights(self) -> Float[Tensor, " branches"]:
+        """The share of each stack."""
+        if self.spec.mixing == "softmax":
+            return self.weight.softmax(0)
+        first = self.weight if self.spec.mixing == "raw" else self.weight.sigmoid()
+        return torch.cat((first, 1 - first))
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model as its spec says. Parameter names are Hugging Face's (Llama)."""
+    """A decoder-only language model as its spec says. Parameter names are Hugging Face's (Llama) where it has them."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.embedding_size)
+        if spec.learned_positions:
+            self.embed_positions = nn.Embedding(spec.max_position_embeddings, spec.embedding_size)
+        self.branches = (
+            Mix(spec.branches, spec.embedding_size, spec.stacks[0][0].hidden_size) if spec.branches else None
+        )
         self.layers = nn.ModuleList(Layer(layer) for layer in spec.layers)
-        self.norm = Norm(spec.final_norm, spec.layers[-1].hidden_size)
-        self.lm_head = nn.Linear(spec.unembedding_size, spec.vocab_size, bias=False)
+        widths = spec.stream_widths
+        self.resize = nn.ModuleList(
+            Resize(spec.transition, have, width) for _ in spec.stacks for have, width in pairwise(widths[:-1])
+        )
+        self.resize_last = Resize(spec.transition, widths[-2], widths[-1], last=True)
+        self.norm = Norm(spec.final_norm, spec.norm_width) if spec.final_norm else None
+        self.lm_head = nn.Linear(spec.unembedding_size, spec.vocab_size, bias=spec.lm_head_bias)
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, input_ids: Int[Tensor, "batch seq"], cache: Cache | None = None
+        self, input_ids: Int[Tensor, "batch seq"], cache: Cache | None = None, single_branch: bool = False
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits at every given position; with `cache`, the positions continue the cached ones."""
-        x, stream = self.embed_tokens(input_ids), Stream(carry=isinstance(self.spec.transition, CarryForward))
-        for index, (layer, spec) in enumerate(zip(self.layers, self.spec.layers, strict=True)):
-            x = layer(stream.resize(x, spec.hidden_size), cache.layers[index] if cache else None)
-        # Carried coordinates at the head come from the un-normalised stream, and `zero` carries there too.
-        stream.carry = True
-        return self.lm_head(stream.resize(self.norm(x), self.spec.unembedding_size))
+        """Logits at every given position; with `cache`, the positions continue the cached ones.
+
+        Args:
+            single_branch: run only the stack with the larger mixing weight; the spec says how its output is used.
+        """
+        x = self.embed(input_ids, cache.length if cache else 0)
+        if self.branches is None:
+            return self.head(*self._stack(x, 0, cache))
+        shares = self.branches.weights()
+        if single_branch:
+            best = int(shares.argmax())
+            x, stream = self._stack(self.branches.entry(x, best), best, cache)
+            how = self.branches.spec.single_branch
+            return self.head(x * shares[best] if how == "scaled" else x, stream, normed=how != "bare")
+        outputs = [
+            self._stack(self.branches.entry(x, branch), branch, cache) for branch in range(self.branches.spec.count)
+        ]
+        mixed = sum(share * output for share, (output, _) in zip(shares, outputs, strict=True))
+        return self.head(mixed, outputs[0][1])
+
+    def embed(self, input_ids: Int[Tensor, "batch seq"], start: int = 0) -> Float[Tensor, "batch seq width"]:
+        """Token embeddings, with learned positions from `start` on where the spec has them."""
+        x = self.embed_tokens(input_ids)
+        if self.spec.learned_positions:
+            positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+            x = x + self.embed_positions(positions)
+        return x if self.spec.embedding_multiplier == 1.0 else x * self.spec.embedding_multiplier
+
+    def _stack(self, x: Tensor, branch: int, cache: Cache | None) -> tuple[Tensor, Stream]:
+        """One stack of layers from its input to its output."""
+        stream, depth = Stream(), len(self.spec.stacks[0])
+        for index in range(branch * depth, (branch + 1) * depth):
+            x = self.resize[index](x, stream)
+            x = self.layers[index](x, cache.layers[index] if cache else None)
+        return x, stream
+
+    def head(self, x: Tensor, stream: Stream, normed: bool = True) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the last layer's output. Carried coordinates come from the un-normalised stream."""
+        spec, norm = self.spec, self.norm if normed else None
+        if isinstance(spec.transition, Compress):
+            x = self.resize_last(x, stream)
+            x = norm(x) if norm is not None else x
+        else:
+            x = self.resize_last(norm(x) if norm is not None else x, stream)
+        logits = self.lm_head(x)
+        if spec.logits_scaling != 1.0:
+            logits = logits / spec.logits_scaling
+        if spec.final_logit_softcapping is not None:
+            logits = spec.final_logit_softcapping * torch.tanh(logits / spec.final_logit_softcapping)
+        return logits
 
     def loss(self, input_ids: Int[Tensor, "batch seq"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Mean cross-entropy in nats per token; logits are compared in float32."""
+        """Mean cross-entropy in nats per token (logits in float32), plus routers' auxiliary losses; label -1 is ignored."""
         logits = self(input_ids)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1)
+        return loss + self.auxiliary_loss()
+
+    def auxiliary_loss(self) -> Float[Tensor, ""] | float:
+        """Load-balance and z losses of every router at the last forward pass, weighted as the spec says."""
+        routers = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        return sum((router.spec.router_aux_loss_coef * router.auxiliary for router in routers), start=0.0)
 
 
 def build_meta(spec: ModelSpec) -> Decoder:
@@ -102,38 +202,5 @@ def build(
     model = build_meta(spec).to(dtype).to_empty(device=device)
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    initialise(model, seed)
+    initialise(model, spec, seed)
     return model
-
-
-@torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
-    """Set every weight, drawn on the CPU in float32 in the order of `named_parameters`.
-
-    | parameter | distribution |
-    |---|---|
-    | embedding, head | N(0, 1/width) |
-    | matrices | N(0, 1/fan_in) |
-    | writers into the stream (`o_proj`, last factor of `down_proj`) | N(0, 1/fan_in)/sqrt(2 x layers) |
-    | biases | 0 |
-    | norm gains | 1 |
-
-    The spread follows each matrix's own fan-in, so layers of different widths start alike (the sqrt(h/d_l) rule of
-    arXiv 2606.18246 section 3 up to a constant).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth_scale = (2 * model.spec.num_hidden_layers) ** -0.5
-    for name, module in model.named_modules():
-        if isinstance(module, Norm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, nn.Linear | nn.Embedding | BlockDiagonal):
-            weight = module.weight
-            if name == "lm_head" and model.spec.tie_word_embeddings:
-                continue
-            spread = weight.shape[-1] ** -0.5
-            if name.endswith((".o_proj", ".down_proj", ".down_proj.up")):
-                spread *= depth_scale
-            weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            bias.zero_()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scantling.spec import BlockDenseFFN, BlockShuffleFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
+from scantling.parts import BlockDenseFFN, BlockShuffleFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -126,23 +126,49 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through its top-k experts, weighted by a softmax over the chosen k router logits."""
+    """Each token goes through its top-k experts, weighted by the router; a shared expert serves every token.
+
+    After a forward pass `auxiliary` is experts x sum_e p_e f_e + z x mean(logsumexp(logits)^2): p the router's mean
+    probabilities, f the shares of choices (arXiv 2606.18246, section 3).
+    """
 
     def __init__(self, spec: MoEFFN, width: int) -> None:
         super().__init__()
-        self.chosen = spec.num_experts_per_tok
+        self.spec = spec
         self.gate = nn.Linear(width, spec.num_local_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(spec.expert, width) for _ in range(spec.num_local_experts))
+        self.shared_expert = FeedForward(spec.shared_expert, width) if spec.shared_expert is not None else None
+        self.auxiliary: Tensor | float = 0.0
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        chosen_count = self.spec.num_experts_per_tok
         tokens = x.reshape(-1, x.shape[-1])
-        logits, chosen = self.gate(tokens).topk(self.chosen, dim=-1)
-        weights = logits.softmax(dim=-1)
+        logits = self.gate(tokens)
+        weights, chosen = self._route(logits)
         order = chosen.flatten().argsort(stable=True)
-        routed = tokens[order // self.chosen].split(self._counts(chosen))
+        counts = self._counts(chosen)
+        routed = tokens[order // chosen_count].split(counts)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, routed, strict=True)])
         weighted = outputs * weights.flatten()[order][:, None]
-        return torch.zeros_like(tokens).index_add(0, order // self.chosen, weighted).reshape(x.shape)
+        mixed = torch.zeros_like(tokens).index_add(0, order // chosen_count, weighted.to(tokens.dtype))
+        if self.shared_expert is not None:
+            mixed = mixed + self.shared_expert(tokens)
+        self.auxiliary = self._auxiliary(logits, counts) if self.training else 0.0
+        return mixed.reshape(x.shape)
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices of the chosen experts, each (tokens, k)."""
+        if self.spec.router_softmax == "after":
+            top, chosen = logits.topk(self.spec.num_experts_per_tok, dim=-1)
+            return top.softmax(dim=-1), chosen
+        top, chosen = logits.softmax(dim=-1).topk(self.spec.num_experts_per_tok, dim=-1)
+        return top / top.sum(-1, keepdim=True) if self.spec.norm_topk_prob else top, chosen
+
+    def _auxiliary(self, logits: Tensor, counts: list[int]) -> Tensor:
+        probabilities = logits.float().softmax(-1).sum(0)
+        shares = torch.tensor(counts, dtype=torch.float32, device=logits.device)
+        balance = len(counts) * (probabilities / probabilities.sum() * (shares / shares.sum())).sum()
+        return balance + self.spec.router_z_loss_coef * logits.float().logsumexp(-1).square().mean()
 
     def _counts(self, chosen: Tensor) -> list[int]:
         """Tokens per expert; without data (meta device) an even split, whose cost is the same."""

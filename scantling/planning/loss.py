@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from scantling.costing import Number, param_counts
+from scantling.costing import param_counts
 from scantling.errors import InputError
 from scantling.planning.config import ChinchillaKeys, HeadLawKeys, PlanConfig
 from scantling.planning.price import ParameterCount
 from scantling.planning.shapes import Floats, Shapes, Space, families, real_shapes
+from scantling.rows import Number
 
 if TYPE_CHECKING:  # pandas and scipy load only when a law of N and D is asked for
     from scantling.laws.lawfit import LawFit

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scantling.costing import Row
 from scantling.planning.config import Limit, PlanConfig
 from scantling.planning.loss import Law, TokenLaw, read_law
 from scantling.planning.price import Priced, price
 from scantling.planning.shapes import Array, Floats, Shapes
+from scantling.rows import Row
 from scantling.yamlio import KeyPath
 
 Z_MEMORY_SHARE, Z_MEMORY_POWER, Z_FLOPS_POWER = 0.9, 1 / 2, 1 / 3  # lambda, alpha, beta of arXiv 2503.09579, eq. 5

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scantling.costing import Number, Row, flops_per_token, param_counts, total
+from scantling.costing import flops_per_token, param_counts, total
+from scantling.rows import Number, Row
 
 Convention = Literal["full", "causal", "6nd", "paper-figure-2"]
 ParameterCount = Literal["total", "non_embedding", "matmul_non_embedding", "active"]

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, field_validator
 
-from scantling.costing import Row, Stack, StackFFN, StackLayer, rows
+from scantling.parts import Activation, Frozen, Positive, Size
 from scantling.resolve import MAX_LAYERS
-from scantling.spec import Activation, Frozen, Positive, Size
+from scantling.rows import Row, Stack, StackFFN, StackLayer, rows
 from scantling.yamlio import show
 
 Array = npt.NDArray[Any]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from scantling.costing import Number, cost
+from scantling.costing import cost
 from scantling.planning import notes
 from scantling.planning.config import PlanConfig
 from scantling.planning.loss import HeadLaw
@@ -34,6 +34,7 @@ from scantling.planning.shapes import (
     whole_shapes,
 )
 from scantling.resolve import spec_from, to_mapping, to_yaml
+from scantling.rows import Number
 from scantling.spec import ModelSpec
 
 DEPTHS = (0.02, 4096.0)  # num_hidden_layers searched for real-valued optima

@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 
 from scantling.laws import LawFit, Saving
 from scantling.laws.forms import Floats
-from scantling.spec import FFN, ModelSpec
+from scantling.parts import FFN
+from scantling.spec import ModelSpec
 from scantling.units import format_count, format_flops
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

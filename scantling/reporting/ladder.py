@@ -8,7 +8,7 @@ from html import escape
 
 import pandas as pd
 
-from scantling.costing import rows, total
+from scantling.costing import total
 from scantling.errors import InputError
 from scantling.laws import LawFit
 from scantling.laws.rows import levels, usable_rows
@@ -17,6 +17,7 @@ from scantling.reporting import figures
 from scantling.reporting.markup import Section, bullets, data_table, known, paragraph, plot, spread
 from scantling.reporting.sources import Sources, counted, dig
 from scantling.resolve import spec_from
+from scantling.rows import rows
 
 UNLABELLED = "runs without a family"
 

@@ -7,8 +7,9 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from scantling.config import RunConfig
-from scantling.costing import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts
 from scantling.record import RunRecord
+from scantling.rows import rows
 
 EVIL = "<script>alert('x')</script>&amp;</script>"
 STUDY: dict[str, Any] = {

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from scantling.costing import flops_per_token, param_counts, rows
+from scantling.costing import flops_per_token, param_counts
 from scantling.errors import InputError
 from scantling.files import write_json, write_text
 from scantling.record import find_records
 from scantling.reporting import report
 from scantling.reporting.sources import read_sources
 from scantling.resolve import load_spec
+from scantling.rows import rows
 from tests.reporting.inputs import EVIL, own_text, synthetic_plan
 
 # --- what it says ------------------------------------------------------------------------------------------------------
