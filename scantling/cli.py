@@ -51,6 +51,10 @@ def cost(
     context: int | None = None,
     batch: int = 1,
     dtype: str = "bf16",
+    device: str | None = None,
+    hardware: Path | None = None,
+    train_batch: int = 1,
+    checkpointing: Annotated[bool, Parameter(negative=())] = False,
     set_: Set = (),
     json_: Json = False,
 ) -> None:
@@ -61,27 +65,61 @@ def cost(
         context: Tokens that one token attends to; default the spec's max_position_embeddings.
         batch: Sequences served together; the KV cache grows with it.
         dtype: Of weights and cache: fp32, bf16, fp16, fp8, int8.
+        device: Add seconds and money on this device, such as h100-sxm.
+        hardware: A YAML of devices merged over the built-in table.
+        train_batch: Sequences of one training micro-batch, for training memory and speed.
+        checkpointing: Training keeps layer inputs only and recomputes the rest.
     """
     from scantling import show
     from scantling.costing import CONVENTIONS
     from scantling.costing import cost as price
+    from scantling.memory import training_memory
     from scantling.resolve import load_spec
     from scantling.units import dtype_bytes
 
     if batch < 1 or (context is not None and context < 1):
         raise InputError(f"--context and --batch: expected at least 1, got {context} and {batch}")
+    if train_batch < 1:
+        raise InputError(f"--train-batch: expected at least 1, got {train_batch}")
+    if hardware is not None and device is None:
+        raise InputError("--hardware: give --device too, a device of that file")
     size = dtype_bytes(dtype)
     models = [(str(path), load_spec(path, set_)) for path in spec]
     costs = [(name, model, price(model, context, batch, size)) for name, model in models]
+    memories = [
+        training_memory(
+            model, item.context, train_batch, activation_bytes=4 if size == 4 else 2, checkpointing=checkpointing
+        )
+        for _, model, item in costs
+    ]
+    times: list[dict[str, Any]] = [{} for _ in costs]
+    if device is not None:
+        from scantling.hardware import find_device, load_hardware, priced
+
+        chosen = find_device(device, load_hardware(hardware))
+        times = [
+            {
+                "device": device,
+                **priced(item, held.state, held.kept, train_batch * item.context, chosen, dtype, checkpointing),
+            }
+            for (_, _, item), held in zip(costs, memories, strict=True)
+        ]
     if json_:
         found = [
-            {"spec": name, "hash": model.hash, **show.cost_json(model, item), "dtype": dtype}
-            for name, model, item in costs
-        ]
+            {
+                "spec": name, "hash": model.hash, **show.cost_json(model, item), "dtype": dtype,
+                "training_memory": show.memory_json(memory, train_batch, checkpointing), **time,
+            }
+            for (name, model, item), memory, time in zip(costs, memories, times, strict=True)
+        ]  # fmt: skip
         shared: dict[str, Any] = {"conventions": CONVENTIONS}
+        if device is not None:
+            from scantling.hardware import CONVENTIONS as TIME_CONVENTIONS
+
+            shared["device_conventions"] = TIME_CONVENTIONS
         _print({**found[0], **shared} if len(found) == 1 else {"models": found, **shared})
     else:
-        show.cost_tables(costs)
+        show.cost_tables(costs, memories, times, train_batch, checkpointing)
 
 
 @app.command

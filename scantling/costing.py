@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from scantling.rows import Number, Row, half, rows
+from scantling.parts import MoEFFN
+from scantling.rows import Number, Row, ffn_weights, half, rows
 from scantling.spec import ModelSpec
 
 
@@ -133,6 +134,29 @@ def cost(spec: ModelSpec, context: int | None = None, batch: int = 1, bytes_per_
         weight_bytes=counts["total"] * bytes_per_value,
         decode_bytes_per_token=read * bytes_per_value + cache,
     )
+
+
+def endpoint_waste(spec: ModelSpec) -> dict[str, int]:
+    """What a wide first and last layer allocate and perform without use (arXiv 2606.18246; sheet 1.2, 5.2).
+
+    The first attention reads d_1 - w_in coordinates that are always zero; the last feed-forward writes d_L - w_out that the
+    head cuts off (they still count in the final norm). The authors' "matched" parameters and FLOPs leave both out.
+
+    Returns:
+        `params`, and `flops` per token (forward).
+    """
+    first, last = spec.layers[0], spec.layers[-1]
+    reads = first.attention_input_size or first.hidden_size
+    columns = max(0, reads - spec.stream_widths[0])
+    heads, kv_heads = first.num_attention_heads, first.num_key_value_heads
+    attention = columns * ((heads + kv_heads) * first.head_dim + kv_heads * first.v_head_dim)
+    writes = last.ffn_output_size or last.hidden_size
+    cut = max(0, writes - spec.unembedding_size)
+    moe = last.ffn if isinstance(last.ffn, MoEFFN) else None
+    ffn = moe.expert if moe else last.ffn
+    stored, active = (moe.num_local_experts, moe.num_experts_per_tok) if moe else (1, 1)
+    one = ffn_weights(ffn, last.hidden_size, writes) - ffn_weights(ffn, last.hidden_size, writes - cut)
+    return {"params": attention + stored * one, "flops": 2 * (attention + active * one)}
 
 
 def train_flops(spec: ModelSpec, sequence_length: int, tokens: float) -> float:

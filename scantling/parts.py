@@ -245,9 +245,10 @@ class Zero(Frozen):
 
 
 class Gated(Frozen):
-    """Wider: g (W m + b) + (1 - g) m with m the carried coordinates and g = sigmoid(V m + c)."""
+    """Wider: g (W m + b) + (1 - g) m with m the carried coordinates and g = sigmoid(V m + c); b and c with `bias`."""
 
     kind: Literal["gated"]
+    bias: bool = False
 
 
 class Linear(Frozen):
@@ -355,13 +356,16 @@ class NormalInit(Frozen):
 class MuPInit(Frozen):
     """The ><former's: tables N(0, std^2); matrices std sqrt(h/d_l)/sqrt(m_width), writers also / sqrt(2 layers).
 
-    h is the embedding's width. `variable` false drops the sqrt(h/d_l) (arXiv 2606.18246, section 4).
+    d_l is the layer's width for matrices that read the stream, heads x v_head_dim for those that write it (the same, but
+    where a stream of fixed width has layers of varying inner width). h is base_width, by default the embedding's width.
+    `variable` false drops the sqrt(h/d_l) (arXiv 2606.18246, section 4).
     """
 
     kind: Literal["mup"]
     std: Positive = 0.1
     m_width: Positive = 8.0
     variable: bool = True
+    base_width: Size | None = None
 
 
 Init = Annotated[FanInInit | NormalInit | MuPInit, Field(discriminator="kind")]

@@ -54,6 +54,8 @@ LAYER_KEYS = (
     "norm_placement",
     "use_parallel_residual",
     "residual_multiplier",
+    "attention_input_size",
+    "ffn_output_size",
     "ffn",
 )
 LAYER_SHORT_FORMS = ("intermediate_size", "hidden_act", "mlp_bias", "rope_theta", "rms_norm_eps", "layer_norm_eps")
@@ -103,6 +105,7 @@ class _Resolver:
         self.value = document.value
         self.faults: list[str] = []
         self.depth = 0
+        self.profile: WidthProfile | None = None
 
     # --- the whole model -------------------------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class _Resolver:
         overrides = self.layer_overrides()
         for key in (*LAYER_KEYS, *LAYER_SHORT_FORMS):
             self.check_lengths(self.value.get(key), (key,))
-        profile = self.width_profile()
+        profile = self.profile = self.width_profile()
         widths = self.profile_widths(profile, overrides) if profile and not self.faults else None
         layers = [self.layer(index, overrides, widths[index] if widths else None) for index in range(self.depth)]
         fields: dict[str, Any] = {key: self.value[key] for key in SPEC_KEYS if self.value.get(key) is not None}
@@ -224,10 +227,15 @@ class _Resolver:
                     value = _at_layer(value, index, self.depth)
             if value is not None:
                 raw[key], sources[key] = value, path
+        stream = raw.get("hidden_size")
         if width is not None and sources.get("hidden_size") == ("hidden_size",):
             raw["hidden_size"] = width
         self.fill_heads(raw, sources, unusable)
         self.fill_ffn(raw, sources, unusable)
+        if raw.get("attention_multiplier") == "1/head_dim" and _size(raw.get("head_dim")):
+            raw["attention_multiplier"] = 1 / raw["head_dim"]
+        if self.profile is not None and width is not None and _size(stream):
+            self.apply_profile(raw, index, width, _size(stream))
         if "rope_theta" in raw:
             raw.setdefault("position", {"kind": "rope", "rope_theta": raw["rope_theta"]})
             sources.setdefault("position", sources["rope_theta"])
@@ -240,6 +248,18 @@ class _Resolver:
                 raw[key] = _kind(raw[key])
         fields = {key: raw[key] for key in LAYER_KEYS if key in raw}
         return self.validate(LayerSpec, fields, sources, unusable)
+
+    def apply_profile(self, raw: dict[str, Any], index: int, width: int, stream: int) -> None:
+        """What a profile changes beside the width: a fixed stream, or ends that skip what the tables do not hold."""
+        profile = self.profile
+        assert profile is not None
+        if profile.fixed_residual_width:
+            raw["hidden_size"] = stream
+        elif profile.no_waste and width > stream:
+            if index == 0 and profile.original_input_width:
+                raw.setdefault("attention_input_size", stream)
+            if index == self.depth - 1 and profile.original_output_width:
+                raw.setdefault("ffn_output_size", stream)
 
     def fill_heads(self, raw: dict[str, Any], sources: dict[str, KeyPath], unusable: set[str]) -> None:
         """num_key_value_heads = num_attention_heads; head_dim = hidden_size / heads; v_head_dim = head_dim."""
@@ -374,7 +394,8 @@ class _Resolver:
         def measure(widths: list[int]) -> float:
             width_in, width_out = _end_widths(profile, base, widths)
             tables = {
-                "allocated": vocab * (width_in + (0 if tied else width_out)) + widths[-1],
+                "allocated": vocab * (width_in + (0 if tied else width_out))
+                + (base if profile.fixed_residual_width else widths[-1]),
                 "flops": 2 * vocab * width_out,
                 "kv_bytes": 0,
             }
@@ -462,6 +483,8 @@ def _size(value: Any) -> int:
 
 
 def _end_widths(profile: WidthProfile, base: int, widths: list[int]) -> tuple[int, int]:
+    if profile.fixed_residual_width:
+        return base, base
     width_in = base if profile.original_input_width else widths[0]
     width_out = base if profile.original_output_width else max(widths) if profile.wide_unembedding else widths[-1]
     return width_in, width_out

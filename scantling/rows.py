@@ -108,22 +108,23 @@ def half(count: Number) -> Number:
     return count // 2 if exact else count / 2
 
 
-def ffn_weights(ffn: Any, width: Number) -> Number:
+def ffn_weights(ffn: Any, width: Number, width_out: Number = None) -> Number:
     """Matrix weights of one (expert's) feed-forward. A gated structured FFN shares its first factor: one linear to 2 f."""
     inner = ffn.intermediate_size
     into = inner * (2 if ffn.gated else 1)
-    return linear_params(ffn, width, into) + linear_params(ffn, inner, width)
+    return linear_params(ffn, width, into) + linear_params(ffn, inner, width if width_out is None else width_out)
 
 
-def ffn_biases(ffn: Any, width: Number) -> Number:
+def ffn_biases(ffn: Any, width_out: Number) -> Number:
     """Bias entries of one feed-forward: every output of its linears."""
-    return (ffn.intermediate_size * (2 if ffn.gated else 1) + width) if ffn.bias else 0
+    return (ffn.intermediate_size * (2 if ffn.gated else 1) + width_out) if ffn.bias else 0
 
 
 def attention_weights(layer: Any) -> Number:
-    """Matrix weights of q, k, v, o with free head sizes: d (n_h + n_kv) d_k + d (n_kv + n_h) d_v."""
-    heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-    return layer.hidden_size * (heads + kv_heads) * (layer.head_dim + layer.v_head_dim)
+    """Matrix weights of q, k, v, o with free head sizes: d (n_h + n_kv) d_k + d (n_kv + n_h) d_v, when all d are read."""
+    heads, kv_heads, width = layer.num_attention_heads, layer.num_key_value_heads, layer.hidden_size
+    read = width if layer.attention_input_size is None else layer.attention_input_size
+    return read * ((heads + kv_heads) * layer.head_dim + kv_heads * layer.v_head_dim) + heads * layer.v_head_dim * width
 
 
 def attention_extras(layer: Any) -> Number:
@@ -163,17 +164,18 @@ def layer_rows(layer: Any, index: int | None) -> list[Row]:
 
 def _ffn_row(layer: Any, index: int | None) -> Row:
     ffn, width = layer.ffn, layer.hidden_size
+    out = width if layer.ffn_output_size is None else layer.ffn_output_size
     if ffn.kind != "moe":
-        weights = ffn_weights(ffn, width)
-        params = weights + ffn_biases(ffn, width)
+        weights = ffn_weights(ffn, width, out)
+        params = weights + ffn_biases(ffn, out)
         return Row(index, "ffn", params=params, active_params=params, matmul_flops=2 * weights)
     router = width * ffn.num_local_experts
-    weights = ffn_weights(ffn.expert, width)
-    one = weights + ffn_biases(ffn.expert, width)
+    weights = ffn_weights(ffn.expert, width, out)
+    one = weights + ffn_biases(ffn.expert, out)
     shared_weights = shared = 0
     if ffn.shared_expert is not None:
-        shared_weights = ffn_weights(ffn.shared_expert, width)
-        shared = shared_weights + ffn_biases(ffn.shared_expert, width)
+        shared_weights = ffn_weights(ffn.shared_expert, width, out)
+        shared = shared_weights + ffn_biases(ffn.shared_expert, out)
     return Row(
         index,
         "ffn",
@@ -186,7 +188,7 @@ def _ffn_row(layer: Any, index: int | None) -> Row:
 def transition_row(transition: Any, index: int | None, have: Number, width: Number) -> Row | None:
     """The learned map that a change of width needs, or None; for sizes that are known numbers.
 
-    gated: two square maps with biases on the d - c new coordinates; linear d c; linear_diff (d - c) c; transposed_conv
+    gated: two square maps on the d - c new coordinates; linear d c; linear_diff (d - c) c; transposed_conv
     kernel d - c + 1 over c inputs; conv_diff kernel 2 c - d + 1 over d - c outputs; compress d c at any change.
     """
     if transition is None or have == width or (width < have and transition.kind != "compress"):
@@ -194,7 +196,7 @@ def transition_row(transition: Any, index: int | None, have: Number, width: Numb
     new, bias = width - have, getattr(transition, "bias", False)
     match transition.kind:
         case "gated":
-            params, macs = 2 * (new * new + new), 2 * new * new
+            params, macs = 2 * (new * new + new * bias), 2 * new * new
         case "linear" | "compress":
             params, macs = width * have + width * bias, width * have
         case "linear_diff":
@@ -309,4 +311,6 @@ class StackLayer:
     sliding_window: Number = None
     norm: Any = PLAIN_NORM
     norm_placement: str = "pre"
+    attention_input_size: Number = None
+    ffn_output_size: Number = None
     repeat: Number = 1

@@ -7,7 +7,7 @@ exactly, against any measured quantity of the resolved model (`resolve.py` passe
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
@@ -36,6 +36,9 @@ class WidthProfile(Frozen):
         round_base: published matching only; true rounds the base width first, as the released code; false as the paper.
         base_width: the first width, when it is not to be solved.
         permute: shuffle the widths with this seed, or "sort" / "rsort"; ends stay unless permute_all.
+        no_waste: the first layer's q, k, v skip the coordinates that no embedding fills (the same function), and the last
+            feed-forward does not write those that the head cuts off (another function: they count in the final norm).
+        fixed_residual_width: the stream keeps hidden_size; the profile sets head sizes and feed-forward sizes only.
         original_input_width, original_output_width: embedding / unembedding keep hidden_size (else the width of the
             first / last layer); wide_unembedding: the unembedding has the widest layer's width.
     """
@@ -58,6 +61,8 @@ class WidthProfile(Frozen):
     original_input_width: bool = True
     original_output_width: bool = True
     wide_unembedding: bool = False
+    no_waste: bool = False
+    fixed_residual_width: bool = False
 
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
@@ -78,6 +83,9 @@ class WidthProfile(Frozen):
             raise ValueError("match: none needs a base_width")
         if self.wide_unembedding and self.original_output_width:
             raise ValueError("wide_unembedding needs original_output_width: false")
+        keeps_ends = self.original_input_width and self.original_output_width and not self.wide_unembedding
+        if self.fixed_residual_width and (not keeps_ends or self.no_waste):
+            raise ValueError("fixed_residual_width keeps hidden_size at both ends and has no waste to skip")
         if self.permute_all and not (self.original_input_width and self.original_output_width):
             raise ValueError("permute_all needs original_input_width and original_output_width")
         return self
@@ -177,6 +185,8 @@ class Accounting:
         ffn: feed-forward parameters of a layer / d^2 (12 for a gated FFN of expansion 4).
         down: the part of it in the down-projections / d^2 (4, or experts x expert ratio).
         experts: number of routed experts, 0 for dense (the router adds experts x d per layer).
+        chosen: experts that one token uses.
+        fixed_residual: the stream keeps hidden_size; a layer's width is that of its heads, and 1/4 of its FFN's.
     """
 
     vocab_size: int
@@ -185,6 +195,8 @@ class Accounting:
     ffn: float
     down: float
     experts: int = 0
+    chosen: int = 0
+    fixed_residual: bool = False
 
     @property
     def per_width_squared(self) -> float:
@@ -197,6 +209,40 @@ class Accounting:
         body = self.per_width_squared * depth * width**2 + self.experts * depth * width
         return 2 * self.vocab_size * width + body
 
+    def params(self, profile: WidthProfile, widths: Sequence[float], active: bool = False) -> float:
+        """What the authors count for these widths (sheet 1.2): no norms, no endpoint waste; one token's if `active`."""
+        use = self.chosen / self.experts if active and self.experts else 1.0
+        tables, per_width = self.vocab_size * sum(self.ends(profile, widths)), 4 + self.ffn * use
+        if self.fixed_residual:
+            return tables + self.hidden_size * (per_width * sum(widths) + self.experts * self.depth)
+        waste_in, waste_out = self.waste(profile, widths)
+        body = per_width * sum(width * width for width in widths) + self.experts * sum(widths)
+        return tables + body - 3 * waste_in - self.down * waste_out
+
+    def forward_flops(self, profile: WidthProfile, widths: Sequence[float], sequence: int) -> float:
+        """The authors' forward FLOPs of one sequence (sheet 5.2): full scores, endpoint waste left out."""
+        use = self.chosen / self.experts if self.experts else 1.0
+        per_width, total = 2 * (4 + self.ffn * use), sum(widths)
+        head = 2 * sequence * self.ends(profile, widths)[1] * self.vocab_size
+        router = 2 * sequence * self.experts * total
+        if self.fixed_residual:
+            return head + sequence * (per_width * self.hidden_size + 4 * sequence) * total + router
+        waste_in, waste_out = self.waste(profile, widths)
+        body = sequence * per_width * sum(width * width for width in widths) + 4 * sequence**2 * total
+        return head + body + router - 2 * sequence * (3 * waste_in + self.down * use * waste_out)
+
+    def ends(self, profile: WidthProfile, widths: Sequence[float]) -> tuple[float, float]:
+        """Widths of the embedding and the unembedding."""
+        h, wide = self.hidden_size, profile.wide_unembedding
+        width_out = h if profile.original_output_width else max(widths) if wide else widths[-1]
+        return h if profile.original_input_width else widths[0], width_out
+
+    def waste(self, profile: WidthProfile, widths: Sequence[float]) -> tuple[float, float]:
+        """d (d - h) at each end that is wider than an embedding of width h, else 0."""
+        first, last, h = widths[0], widths[-1], self.hidden_size
+        waste_in = first * (first - h) if profile.original_input_width and first > h else 0.0
+        return waste_in, last * (last - h) if profile.original_output_width and last > h else 0.0
+
 
 def solve_base(profile: WidthProfile, account: Accounting, relative: list[float], legacy: bool) -> float:
     """The base width b that makes the authors' count of the profile equal to the baseline (sheet 1.3).
@@ -205,9 +251,14 @@ def solve_base(profile: WidthProfile, account: Accounting, relative: list[float]
     `legacy`: the released code's older rule for explicit factors (waste only when both ends are wider).
     """
     width, vocab = account.hidden_size, account.vocab_size
+    if profile.fixed_residual_width:  # every matrix is h x d_l: the count is linear in the widths
+        return account.depth * width / sum(relative)
     keep_in, keep_out = profile.original_input_width, profile.original_output_width
     first_sum, square_sum = sum(relative), sum(c * c for c in relative)
     end, widest = relative[-1], max(relative)
+    if account.fixed_residual:  # every matrix is h x d: linear in the widths, and no waste
+        body = account.baseline - 2 * vocab * width - account.experts * account.depth * width
+        return body / (account.per_width_squared * width * first_sum)
     out = 0.0 if keep_out else widest if profile.wide_unembedding else end
 
     def roots(waste_in: bool, waste_out: bool) -> Iterator[float]:
@@ -271,6 +322,9 @@ class PublishedWidths:
 def published_widths(profile: WidthProfile, account: Accounting, step: int) -> PublishedWidths:
     """Widths by the authors' accounting; the base width is rounded first as in their code, or not, as in the paper."""
     depth = account.depth
+    both_ends = profile.original_input_width and profile.original_output_width
+    if account.fixed_residual and (account.experts or not both_ends):
+        raise ValueError("a fixed residual width goes with dense layers and both original widths")
     solved = profile.bottleneck_ratio is not None
     slope = published_slope(profile, account) if solved else slope_of(profile, depth)
     relative = continuous(profile, depth, slope, 1.0)

@@ -48,6 +48,9 @@ class LayerSpec(Frozen):
             x + norm(f(norm(x))).
         use_parallel_residual: attention and feed-forward both read the layer's input, each behind its own norm.
         residual_multiplier: what each sub-layer's output is multiplied by before it joins the stream.
+        attention_input_size: q, k and v read only the first so many coordinates; None is all. Exact in a first layer wider
+            than the embedding, whose other coordinates are zero.
+        ffn_output_size: the feed-forward writes only the first so many coordinates; None is all.
     """
 
     hidden_size: Size
@@ -66,6 +69,8 @@ class LayerSpec(Frozen):
     norm_placement: NormPlacement = "pre"
     use_parallel_residual: bool = False
     residual_multiplier: Positive = 1.0
+    attention_input_size: Size | None = None
+    ffn_output_size: Size | None = None
     ffn: FFN
 
     @field_validator("num_key_value_heads")
@@ -102,6 +107,20 @@ class LayerSpec(Frozen):
             raise ValueError("use_parallel_residual goes with norm_placement: pre")
         return parallel
 
+    @field_validator("attention_input_size", "ffn_output_size")
+    @classmethod
+    def _within_the_stream(cls, size: int | None, info: ValidationInfo) -> int | None:
+        width = info.data.get("hidden_size")
+        if size is not None and width is not None and size > width:
+            raise ValueError(f"expected at most hidden_size {width}, got {size}")
+        if (
+            size is not None
+            and info.data.get("norm_placement", "pre") != "pre"
+            and info.field_name == "ffn_output_size"
+        ):
+            raise ValueError("ffn_output_size goes with norm_placement: pre")
+        return size
+
     @field_validator("ffn")
     @classmethod
     def _blocks_divide(cls, ffn: FFN, info: ValidationInfo) -> FFN:
@@ -112,6 +131,8 @@ class LayerSpec(Frozen):
                 continue
             into = inner.intermediate_size * (2 if inner.gated else 1)
             sizes = [("hidden_size", width), ("intermediate_size", inner.intermediate_size)]
+            if isinstance(inner, BlockShuffleFFN) and info.data.get("ffn_output_size"):
+                sizes.append(("ffn_output_size", info.data["ffn_output_size"]))
             if isinstance(inner, BlockShuffleFFN) and inner.gated:
                 sizes.append(("2 x intermediate_size", into))
             for name, size in sizes:

@@ -94,6 +94,8 @@ def layers(draw: st.DrawFn, width: int) -> dict[str, Any]:
         "norm_placement": placement,
         "use_parallel_residual": placement == "pre" and draw(st.booleans()),
         "residual_multiplier": draw(st.sampled_from([1.0, 0.22])),
+        "attention_input_size": draw(st.sampled_from([None, width // 2])),
+        "ffn_output_size": draw(st.sampled_from([None, width - 4])) if placement == "pre" else None,
         "ffn": draw(ffns(width)),
     }
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from torch.utils.flop_counter import FlopCounterMode
 
-from scantling.costing import cost, flops_per_token, param_counts, train_flops
+from scantling.costing import cost, endpoint_waste, flops_per_token, param_counts, train_flops
 from scantling.model import build_meta
 from scantling.parts import ConvDiff, Gated, TransposedConv
 from scantling.resolve import load_spec, spec_from
@@ -98,6 +98,39 @@ def test_published_forward_flops_of_the_bowtie_releases() -> None:
         )  # fmt: skip
         length = inputs["max_position_embeddings"]
         assert cost(spec, length).flops_per_token["forward"] * length == record["forward_flops_per_sequence_baseline"]
+
+
+SCHEDULES = json.loads((LLAMA.parent.parent / "variable_width/schedules.json").read_text())
+BOWTIES = {record["id"]: record for record in SCHEDULES["records"] if record["id"].startswith("release_")}
+
+
+@pytest.mark.parametrize("name", BOWTIES)
+def test_both_accountings_of_the_bowtie_releases(name: str) -> None:
+    """The authors' count is the performed one less the endpoint waste (and norms, for parameters)."""
+    record = BOWTIES[name]
+    inputs, moe = record["inputs"], record["inputs"].get("moe")
+    dense = {"kind": "dense", "gated": True, "expansion": 4}
+    expert = {"kind": "dense", "gated": True}
+    spec = spec_from(
+        {
+            "vocab_size": inputs["vocab_size"], "hidden_size": record["widths"], "num_hidden_layers": inputs["num_layers"],
+            "num_attention_heads": 16, "embedding_size": inputs["hidden_size"], "unembedding_size": inputs["hidden_size"],
+            "transition": "carry_forward",
+            "ffn": dense if moe is None else {
+                "kind": "moe", "num_local_experts": moe["num_experts"], "num_experts_per_tok": moe["num_experts_per_tok"],
+                "expert": {**expert, "intermediate_size": record["intermediate_sizes"]},
+            },
+        }
+    )  # fmt: skip
+    length = inputs["max_position_embeddings"]
+    found, waste = cost(spec, length), endpoint_waste(spec)
+    norms = sum(row.params for row in found.rows if row.component == "norm")
+    assert found.params["total"] == record["model_num_parameters"]
+    tolerance = 0 if moe is None else 2e-4  # their solver leaves expert sizes unrounded
+    matched = found.params["total"] - norms - waste["params"]
+    assert matched == pytest.approx(record["matched_params_quantized"], rel=tolerance, abs=0.5)
+    performed = (found.flops_per_token["forward"] - waste["flops"]) * length
+    assert performed == pytest.approx(record["forward_flops_per_sequence_quantized"], rel=tolerance, abs=0.5)
 
 
 @given(specs())

@@ -18,6 +18,8 @@ LAYERS = [
     ["spec"],
     ["rows"],
     ["costing"],
+    ["memory"],
+    ["hardware"],
     ["shapes", "hf_config"],
     ["resolve"],
     ["tokens", "files"],

@@ -163,3 +163,19 @@ def test_meta_costs_no_memory() -> None:
     model = build_meta(load_spec("tests/data/hf/llama-3-8b.json"))
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_first_layer_that_skips_empty_coordinates_is_the_same_function() -> None:
+    keys = {
+        "vocab_size": 17, "hidden_size": [24, 8], "embedding_size": 16, "unembedding_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "ffn": {"kind": "dense", "expansion": 2}, "transition": "carry_forward",
+    }  # fmt: skip
+    whole = build(spec_from(keys), dtype=torch.float64)
+    lean = build(spec_from({**keys, "per_layer_config": {0: {"attention_input_size": 16}}}), dtype=torch.float64)
+    state = whole.state_dict()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        state[f"layers.0.self_attn.{name}.weight"] = state[f"layers.0.self_attn.{name}.weight"][:, :16]
+    lean.load_state_dict(state)
+    ids = torch.arange(17)[None]
+    with torch.no_grad():
+        assert (whole(ids) - lean(ids)).abs().max() < 1e-13

@@ -131,3 +131,48 @@ def test_exact_matching_matches_what_is_allocated(
     )
     assert abs(measures[match](cost(found)) - measures[match](cost(base))) <= 2 * one_step
     assert found.widths[0] == found.widths[-1] == max(found.widths) or ratio > 0.85
+
+
+def test_no_waste_skips_what_is_never_used() -> None:
+    """The sliced first attention is the same function; parameters fall by the authors' waste term 3 (d_1 - h) d_1."""
+    whole = model("none", 32, 4, None, hidden_size=32)
+    assert whole.layers[0].attention_input_size is None
+    keys = {
+        "vocab_size": 64,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "transition": "carry_forward",
+    }
+    ffn = {"kind": "dense", "expansion": 4}
+    wide = spec_from({**keys, "ffn": ffn, "width": {"bottleneck_ratio": 0.3, "match": "published"}})
+    lean = spec_from({**keys, "ffn": ffn, "width": {"bottleneck_ratio": 0.3, "match": "published", "no_waste": True}})
+    assert lean.widths == wide.widths
+    first, last = wide.widths[0], wide.widths[-1]
+    saved = cost(wide).params["total"] - cost(lean).params["total"]
+    assert saved == 3 * (first - 32) * first + 4 * last * (last - 32)
+
+
+def test_a_fixed_residual_stream() -> None:
+    record = next(record for record in RECORDS["records"] if record["inputs"].get("fixed_residual_width"))
+    inputs = record["inputs"]
+    spec = spec_from(
+        {
+            "vocab_size": inputs["vocab_size"],
+            "hidden_size": inputs["hidden_size"],
+            "num_hidden_layers": inputs["num_layers"],
+            "num_attention_heads": inputs["num_attention_heads"],
+            "ffn": {"kind": "dense", "expansion": 4},
+            "width": {
+                "match": "published",
+                "fixed_residual_width": True,
+                "bottleneck_ratio": inputs["bottleneck_ratio"],
+                "turn_layer": inputs["max_layer"],
+                "quantize_to": inputs["quantize_to"],
+            },
+        }
+    )
+    assert set(spec.widths) == {inputs["hidden_size"]}
+    assert [layer.head_dim for layer in spec.layers] == record["head_dims"]
+    assert [layer.ffn.intermediate_size for layer in spec.layers] == record["intermediate_sizes"]
+    assert cost(spec).params["total"] == record["model_num_parameters"]

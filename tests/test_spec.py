@@ -96,7 +96,7 @@ def test_llama_config_json_is_a_spec() -> None:
 
 def test_a_config_json_of_another_function_is_refused(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parent / "data/hf/llama-3-8b.json").read_text())
-    for change in ({"model_type": "mamba"}, {"rope_scaling": {"rope_type": "yarn", "factor": 4}}):
+    for change in ({"model_type": "mamba"}, {"rope_scaling": {"rope_type": "dynamic", "factor": 4}}):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match="expected one of|not supported"):
             load_spec(tmp_path / "config.json")
@@ -124,3 +124,10 @@ def test_replace_validates() -> None:
     assert isinstance(layer.replace(num_attention_heads=4), LayerSpec)
     with pytest.raises(ValueError, match="cannot share"):
         layer.replace(num_attention_heads=3)
+
+
+def test_the_mup_scale_follows_the_head() -> None:
+    spec = spec_from(
+        {**TINY, "hidden_size": [8, 16], "transition": "carry_forward", "attention_multiplier": "1/head_dim"}
+    )
+    assert [layer.scale for layer in spec.layers] == [1 / 4, 1 / 8]

@@ -33,9 +33,10 @@ class Attention(nn.Module):
             spec.num_key_value_heads,
         )
         self.spec = spec
-        self.q_proj = nn.Linear(width, heads * spec.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, kv_heads * spec.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, kv_heads * spec.v_head_dim, bias=bias)
+        read = spec.attention_input_size or width
+        self.q_proj = nn.Linear(read, heads * spec.head_dim, bias=bias)
+        self.k_proj = nn.Linear(read, kv_heads * spec.head_dim, bias=bias)
+        self.v_proj = nn.Linear(read, kv_heads * spec.v_head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * spec.v_head_dim, width, bias=spec.out_bias)
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
@@ -50,6 +51,8 @@ class Attention(nn.Module):
         """Attend; with `past`, to the cached positions too, which the new ones then join."""
         spec = self.spec
         batch, length, _ = x.shape
+        if spec.attention_input_size is not None:
+            x = x[..., : spec.attention_input_size]
         q_bhtk = self._heads(self.q_proj(x), self.q_norm)
         k_bgtk = self._heads(self.k_proj(x), self.k_norm)
         v_bgtv = self.v_proj(x).view(batch, length, spec.num_key_value_heads, spec.v_head_dim).transpose(1, 2)

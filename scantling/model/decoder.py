@@ -32,7 +32,8 @@ class Layer(nn.Module):
         if self.placement == "sandwich":
             self.pre_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
             self.post_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
-        self.mlp = feed_forward(spec.ffn, spec.hidden_size)
+        self.unwritten = spec.hidden_size - (spec.ffn_output_size or spec.hidden_size)
+        self.mlp = feed_forward(spec.ffn, spec.hidden_size, spec.hidden_size - self.unwritten)
 
     def forward(
         self, x: Float[Tensor, "batch seq width"], past: LayerCache | None = None
@@ -40,10 +41,10 @@ class Layer(nn.Module):
         first, second, m = self.input_layernorm, self.post_attention_layernorm, self.multiplier
         match self.placement:
             case "pre" if self.parallel:
-                return x + m * self.self_attn(first(x), past) + m * self.mlp(second(x))
+                return x + m * self.self_attn(first(x), past) + m * self._written(second(x))
             case "pre":
                 x = x + m * self.self_attn(first(x), past)
-                return x + m * self.mlp(second(x))
+                return x + m * self._written(second(x))
             case "post_residual":
                 x = first(x + m * self.self_attn(x, past))
                 return second(x + m * self.mlp(x))
@@ -52,6 +53,11 @@ class Layer(nn.Module):
                 return x + m * second(self.mlp(x))
         x = x + m * second(self.self_attn(first(x), past))
         return x + m * self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+    def _written(self, x: Tensor) -> Tensor:
+        """The feed-forward's output, zero in coordinates it does not write."""
+        y: Tensor = self.mlp(x)
+        return F.pad(y, (0, self.unwritten)) if self.unwritten else y
 
 
 class Cache:
@@ -101,11 +107,17 @@ class Mix(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model as its spec says. Parameter names are Hugging Face's (Llama) where it has them."""
+    """A decoder-only language model as its spec says. Parameter names are Hugging Face's (Llama) where it has them.
+
+    Attributes:
+        grouped_branches: compute layer i of all parallel stacks as one batched computation (`grouped.py`) where their
+            layers allow it. Changes speed, not results; see benchmarks/results/grouped_branches.md.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.grouped_branches = False
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.embedding_size)
         if spec.learned_positions:
             self.embed_positions = nn.Embedding(spec.max_position_embeddings, spec.embedding_size)
@@ -140,9 +152,7 @@ class Decoder(nn.Module):
             x, stream = self._stack(self.branches.entry(x, best), best, cache)
             how = self.branches.spec.single_branch
             return self.head(x * shares[best] if how == "scaled" else x, stream, normed=how != "bare")
-        outputs = [
-            self._stack(self.branches.entry(x, branch), branch, cache) for branch in range(self.branches.spec.count)
-        ]
+        outputs = self._stacks([self.branches.entry(x, branch) for branch in range(self.branches.spec.count)], cache)
         mixed = sum(share * output for share, (output, _) in zip(shares, outputs, strict=True))
         return self.head(mixed, outputs[0][1])
 
@@ -153,6 +163,15 @@ class Decoder(nn.Module):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             x = x + self.embed_positions(positions)
         return x if self.spec.embedding_multiplier == 1.0 else x * self.spec.embedding_multiplier
+
+    def _stacks(self, inputs: list[Tensor], cache: Cache | None) -> list[tuple[Tensor, Stream]]:
+        """Every stack from its input to its output: one by one, or grouped where asked for and possible."""
+        if self.grouped_branches:
+            from scantling.model.grouped import groupable, grouped_stacks  # it builds on this file
+
+            if groupable(self.spec):
+                return grouped_stacks(self, inputs, cache)
+        return [self._stack(x, branch, cache) for branch, x in enumerate(inputs)]
 
     def _stack(self, x: Tensor, branch: int, cache: Cache | None) -> tuple[Tensor, Stream]:
         """One stack of layers from its input to its output."""
@@ -178,9 +197,10 @@ class Decoder(nn.Module):
         return logits
 
     def loss(self, input_ids: Int[Tensor, "batch seq"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Mean cross-entropy in nats per token (logits in float32), plus routers' auxiliary losses; label -1 is ignored."""
+        """Mean cross-entropy in nats per token (in float32 at least), plus routers' auxiliary losses; label -1 is ignored."""
         logits = self(input_ids)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-1)
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=-1)
         return loss + self.auxiliary_loss()
 
     def auxiliary_loss(self) -> Float[Tensor, ""] | float:

@@ -31,12 +31,18 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
         return self.up(self.down(x))
 
+    def merge(self) -> Float[Tensor, "width_out width_in"]:
+        """The dense matrix of this map, without the bias."""
+        return self.up.weight @ self.down.weight
+
 
 class BlockDiagonal(nn.Module):
     """num_blocks independent maps of equal size side by side. weight: (blocks, out/blocks, in/blocks)."""
 
     def __init__(self, width_in: int, width_out: int, num_blocks: int) -> None:
         super().__init__()
+        if width_in % num_blocks or width_out % num_blocks:
+            raise ValueError(f"{num_blocks} blocks must divide both widths, got {width_in} and {width_out}")
         self.weight = nn.Parameter(torch.empty(num_blocks, width_out // num_blocks, width_in // num_blocks))
 
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
@@ -67,6 +73,12 @@ class BlockShuffleLinear(nn.Module):
         y = shuffle(self.up(shuffle(z, z.shape[-1] // self.num_blocks)), self.num_blocks)
         return y if self.bias is None else y + self.bias
 
+    def merge(self) -> Float[Tensor, "width_out width_in"]:
+        """The dense matrix of this map, both shuffles included, without the bias."""
+        first = torch.block_diag(*self.down.weight)  # columns are inputs; shuffles move its rows
+        mixed = shuffle(first.T, first.shape[0] // self.num_blocks).T
+        return shuffle((torch.block_diag(*self.up.weight) @ mixed).T, self.num_blocks).T
+
 
 class BlockDenseLinear(nn.Module):
     """y = U (V_b x) + bias; V_b block-diagonal into `rank`, U dense out of it."""
@@ -78,6 +90,10 @@ class BlockDenseLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
         return self.up(self.down(x))
+
+    def merge(self) -> Float[Tensor, "width_out width_in"]:
+        """The dense matrix of this map, without the bias."""
+        return self.up.weight @ torch.block_diag(*self.down.weight)
 
 
 def linear(spec: ExpertFFN, width_in: int, width_out: int) -> nn.Module:
@@ -100,7 +116,7 @@ class FeedForward(nn.Module):
     A gated structured FFN is one linear to 2 x inner (gate first), so that both halves share the first factor.
     """
 
-    def __init__(self, spec: ExpertFFN, width: int) -> None:
+    def __init__(self, spec: ExpertFFN, width: int, width_out: int) -> None:
         super().__init__()
         inner = spec.intermediate_size
         self.act: Callable[[Tensor], Tensor] = ACTIVATIONS[spec.hidden_act]
@@ -112,7 +128,7 @@ class FeedForward(nn.Module):
             self.gate_up_proj = linear(spec, width, 2 * inner)
         else:
             self.up_proj = linear(spec, width, inner)
-        self.down_proj = linear(spec, inner, width)
+        self.down_proj = linear(spec, inner, width_out)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         if not self.gated:
@@ -132,12 +148,14 @@ class MixtureOfExperts(nn.Module):
     probabilities, f the shares of choices (arXiv 2606.18246, section 3).
     """
 
-    def __init__(self, spec: MoEFFN, width: int) -> None:
+    def __init__(self, spec: MoEFFN, width: int, width_out: int) -> None:
         super().__init__()
         self.spec = spec
         self.gate = nn.Linear(width, spec.num_local_experts, bias=False)
-        self.experts = nn.ModuleList(FeedForward(spec.expert, width) for _ in range(spec.num_local_experts))
-        self.shared_expert = FeedForward(spec.shared_expert, width) if spec.shared_expert is not None else None
+        self.experts = nn.ModuleList(FeedForward(spec.expert, width, width_out) for _ in range(spec.num_local_experts))
+        self.shared_expert = (
+            FeedForward(spec.shared_expert, width, width_out) if spec.shared_expert is not None else None
+        )
         self.auxiliary: Tensor | float = 0.0
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
@@ -150,11 +168,12 @@ class MixtureOfExperts(nn.Module):
         routed = tokens[order // chosen_count].split(counts)
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, routed, strict=True)])
         weighted = outputs * weights.flatten()[order][:, None]
-        mixed = torch.zeros_like(tokens).index_add(0, order // chosen_count, weighted.to(tokens.dtype))
+        zeros = tokens.new_zeros(len(tokens), outputs.shape[-1])
+        mixed = zeros.index_add(0, order // chosen_count, weighted.to(tokens.dtype))
         if self.shared_expert is not None:
             mixed = mixed + self.shared_expert(tokens)
         self.auxiliary = self._auxiliary(logits, counts) if self.training else 0.0
-        return mixed.reshape(x.shape)
+        return mixed.reshape(*x.shape[:-1], -1)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, each (tokens, k)."""
@@ -180,6 +199,8 @@ class MixtureOfExperts(nn.Module):
         return counts
 
 
-def feed_forward(spec: ExpertFFN | MoEFFN, width: int) -> nn.Module:
-    """The feed-forward module of a layer."""
-    return MixtureOfExperts(spec, width) if isinstance(spec, MoEFFN) else FeedForward(spec, width)
+def feed_forward(spec: ExpertFFN | MoEFFN, width: int, width_out: int) -> nn.Module:
+    """The feed-forward module of a layer, from the stream's width to the coordinates it writes."""
+    if isinstance(spec, MoEFFN):
+        return MixtureOfExperts(spec, width, width_out)
+    return FeedForward(spec, width, width_out)

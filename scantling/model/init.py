@@ -58,6 +58,16 @@ def initialise(model: nn.Module, spec: ModelSpec, seed: int) -> None:
             model.branches.weight.fill_(0.5)  # type: ignore[union-attr, operator]
 
 
+def spreads(model: nn.Module, spec: ModelSpec) -> dict[str, float]:
+    """Standard deviation of every table and matrix that starts as N(0, std^2), by parameter name."""
+    draw, found = _Draw(spec, 0), {}
+    for name, module in model.named_modules():
+        matrix = isinstance(module, nn.Linear | nn.Embedding | BlockDiagonal)
+        if matrix and not name.startswith(("resize", "branches")):
+            found[f"{name}.weight"] = draw.spread(name, module.weight)
+    return found
+
+
 class _Draw:
     """Random numbers of one initialisation, and the spreads of its table."""
 
@@ -89,15 +99,15 @@ class _Draw:
             case MuPInit(std=std, m_width=m_width, variable=variable):
                 if table:
                     return std
-                width = self.layer_width(name)
-                own = math.sqrt(self.spec.embedding_size / width) if variable else 1.0
+                base = self.init.base_width or self.spec.embedding_size
+                own = math.sqrt(base / self.layer_width(name)) if variable else 1.0
                 return std * own / math.sqrt(m_width) * writer
         raise AssertionError(self.init)
 
     def layer_width(self, name: str) -> int:
-        """Width of the layer a parameter belongs to: for fixed-width streams, of its attention heads together."""
+        """Width of the layer a parameter belongs to; for what writes into the stream, of its attention heads together."""
         layer = self.spec.layers[int(name.split(".")[1])]
-        return layer.hidden_size
+        return layer.num_attention_heads * layer.v_head_dim if name.endswith(WRITERS) else layer.hidden_size
 
     def framework_default(self, module: nn.Linear | nn.Conv1d | nn.ConvTranspose1d) -> None:
         """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weight and bias."""

@@ -66,7 +66,7 @@ class Resize(nn.Module):
             return
         match transition:
             case Gated():
-                self.linear, self.gate = nn.Linear(new, new), nn.Linear(new, new)
+                self.linear, self.gate = (nn.Linear(new, new, bias=transition.bias) for _ in range(2))
             case LinearTransition():
                 self.linear = nn.Linear(have, width, bias=transition.bias)
             case LinearDiff():
