@@ -1,10 +1,11 @@
-# Seven targets. Each does its own set-up: a fresh machine needs Python 3.11, pip, venv and make, nothing else.
+# Eight targets. Each does its own set-up: a fresh machine needs Python 3.11, pip, venv and make, nothing else.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+ORACLES ?= ../shared/oracles
 
-.PHONY: setup check test test-all demo docs clean
+.PHONY: setup check test test-all parity demo docs clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +25,9 @@ test: setup
 test-all: setup
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
 
+parity: setup
+	$(BIN)/python -m tests.parity $(ORACLES)
+
 demo: setup
 	$(BIN)/scantling study examples/demo/study.yaml --out $(DEMO)/study
 	$(BIN)/scantling fit $(DEMO)/study --compare family --tied --out $(DEMO)/compare.json
@@ -33,7 +37,9 @@ demo: setup
 	@echo "Open $(DEMO)/report.html in a browser."
 
 docs: setup
-	$(BIN)/python docs/build.py
+	$(BIN)/python docs/accounting.py
+	$(BIN)/pdoc --docformat google --output-directory site scantling $(addprefix scantling.,parts spec resolve rows costing shapes config \
+	  corpus data record study laws laws.forms laws.fitting laws.savings planning reporting model training checkpoint)
 
 clean:
 	rm -rf $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -69,7 +69,20 @@ class Constant(Frozen):
     warmup: Fraction = 0.0
 
 
-Schedule = Annotated[Cosine | WSD | Constant, Field(discriminator="kind")]
+class Power(Frozen):
+    """Linear warm-up over `warmup` of the steps, then min(peak, a x (tokens so far)^exponent).
+
+    The warm-up rises to the power law's value at its end. Defaults: the authors' for batches of 524288 tokens; they take a =
+    batch_tokens / 1024 (arXiv 2606.18246, section 3.1).
+    """
+
+    kind: Literal["power"]
+    warmup: Fraction = 0.08
+    a: Positive = 512.0
+    exponent: Real = Field(default=-0.566, le=0)
+
+
+Schedule = Annotated[Cosine | WSD | Constant | Power, Field(discriminator="kind")]
 
 
 class TrainConfig(Frozen):
