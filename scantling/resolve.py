@@ -8,18 +8,17 @@ value remembers the key it came from, so an error points at the line a person wr
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from functools import cache
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from scantling import hf_config, parts
-from scantling.costing import total
 from scantling.errors import InputError, suggest
-from scantling.rows import ffn_weights, layer_rows
-from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths
+from scantling.parts import Transition
+from scantling.profiles import Baseline, end_widths, solve
+from scantling.shapes import WidthProfile
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.yamlio import Document, KeyPath, dumps, from_mapping, load, show
 
@@ -158,7 +157,7 @@ class _Resolver:
         """Embedding and unembedding widths, where the file does not give them."""
         width_in, width_out = layers[0].hidden_size, layers[-1].hidden_size
         if profile is not None and widths is not None:
-            width_in, width_out = _end_widths(profile, self.value["hidden_size"], widths)
+            width_in, width_out = end_widths(profile, self.value["hidden_size"], widths)
         fields.setdefault("embedding_size", width_in)
         fields.setdefault("unembedding_size", width_out)
 
@@ -351,57 +350,33 @@ class _Resolver:
 
     def profile_widths(self, profile: WidthProfile, overrides: dict[int, dict[str, Any]]) -> list[int]:
         """One width per layer, matched as the profile asks."""
-        base = _size(self.value.get("hidden_size"))
+        base, vocab = _size(self.value.get("hidden_size")), _size(self.value.get("vocab_size"))
         if not base:
             self.fault(("hidden_size",), f"expected a whole number, got {show(self.value.get('hidden_size'))}")
-            return [2] * self.depth
-        baseline = [self.layer(index, overrides, base) for index in range(self.depth)]
-        complete = [layer for layer in baseline if layer is not None]
-        vocab = _size(self.value.get("vocab_size"))
-        if len(complete) < self.depth or not vocab:
-            return [base] * self.depth
-        step = profile.quantize_to or math.lcm(*(2 * layer.num_attention_heads for layer in complete))
+        transition = TypeAdapter(Transition | None)
         try:
-            if profile.match in ("published", "none"):
-                return published_widths(profile, _accounting(complete[0], vocab, base, self.depth), step).widths
-            measure = self.measure(profile, overrides, vocab, base)
-            return matched_widths(profile, self.depth, base, step, measure)
-        except ValueError as error:
-            self.fault(("width",), str(error))
-            return [base] * self.depth
+            moves = transition.validate_python(_kind(self.value.get("transition")))
+        except ValidationError:
+            moves = None  # noted when the model is made
+        if not base or not vocab:
+            return [2] * self.depth
 
-    def measure(
-        self, profile: WidthProfile, overrides: dict[int, dict[str, Any]], vocab: int, base: int
-    ) -> Callable[[list[int]], float]:
-        """The exact count that `match` names, as a function of the widths: a sum over layers and the two ends."""
-        context = self.value.get("max_position_embeddings") or ModelSpec.model_fields["max_position_embeddings"].default
-        tied = bool(self.value.get("tie_word_embeddings", False))
-
-        @cache
-        def layer_measure(index: int, width: int) -> float:
-            layer = self.layer(index, overrides, width)
-            if layer is None:
+        def layer(index: int, width: int) -> LayerSpec:
+            found = self.layer(index, overrides, width)
+            if found is None:
                 raise ValueError(
                     f"no valid layer of width {width}; see the other faults, or choose another quantize_to"
                 )
-            table = layer_rows(layer, index)
-            if profile.match == "kv_bytes":
-                return float(total(table, "kv_elements"))
-            if profile.match == "flops":
-                return float(total(table, "matmul_flops") + context * total(table, "score_flops"))
-            return float(total(table, "params"))
+            return found
 
-        def measure(widths: list[int]) -> float:
-            width_in, width_out = _end_widths(profile, base, widths)
-            tables = {
-                "allocated": vocab * (width_in + (0 if tied else width_out))
-                + (base if profile.fixed_residual_width else widths[-1]),
-                "flops": 2 * vocab * width_out,
-                "kv_bytes": 0,
-            }
-            return tables[profile.match] + sum(layer_measure(index, width) for index, width in enumerate(widths))
-
-        return measure
+        default = ModelSpec.model_fields["max_position_embeddings"].default
+        context = _size(self.value.get("max_position_embeddings")) or default
+        tied = bool(self.value.get("tie_word_embeddings", False))
+        try:
+            return solve(profile, Baseline(self.depth, base, vocab, tied, context, moves, layer))
+        except ValueError as error:
+            self.fault(("width",), str(error))
+            return [base] * self.depth
 
     # --- faults ----------------------------------------------------------------------------------------------------
 
@@ -480,31 +455,6 @@ def _size(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 0
     return int(value) if value >= 1 and math.isfinite(value) and value == int(value) else 0
-
-
-def _end_widths(profile: WidthProfile, base: int, widths: list[int]) -> tuple[int, int]:
-    if profile.fixed_residual_width:
-        return base, base
-    width_in = base if profile.original_input_width else widths[0]
-    width_out = base if profile.original_output_width else max(widths) if profile.wide_unembedding else widths[-1]
-    return width_in, width_out
-
-
-def _accounting(layer: LayerSpec, vocab: int, width: int, depth: int) -> Accounting:
-    """The authors' counts for a baseline layer of `width`."""
-    if layer.ffn.kind == "moe":
-        experts = layer.ffn.num_local_experts
-        share = experts * layer.ffn.expert.intermediate_size / width
-        return Accounting(
-            vocab,
-            width,
-            depth,
-            ffn=experts * ffn_weights(layer.ffn.expert, width) / width**2,
-            down=share,
-            experts=experts,
-        )
-    down = layer.ffn.intermediate_size / width
-    return Accounting(vocab, width, depth, ffn=ffn_weights(layer.ffn, width) / width**2, down=down)
 
 
 _STAND_IN = LayerSpec.model_validate(

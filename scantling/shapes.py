@@ -251,8 +251,6 @@ def solve_base(profile: WidthProfile, account: Accounting, relative: list[float]
     `legacy`: the released code's older rule for explicit factors (waste only when both ends are wider).
     """
     width, vocab = account.hidden_size, account.vocab_size
-    if profile.fixed_residual_width:  # every matrix is h x d_l: the count is linear in the widths
-        return account.depth * width / sum(relative)
     keep_in, keep_out = profile.original_input_width, profile.original_output_width
     first_sum, square_sum = sum(relative), sum(c * c for c in relative)
     end, widest = relative[-1], max(relative)

@@ -21,6 +21,7 @@ LAYERS = [
     ["memory"],
     ["hardware"],
     ["shapes", "hf_config"],
+    ["profiles"],
     ["resolve"],
     ["tokens", "files"],
     ["corpus"],
