@@ -7,9 +7,11 @@ import torch
 from scantling.checkpoint import load_model
 from scantling.config import load_run
 from scantling.data import Dataset, prepare
+from scantling.device import processor
 from scantling.errors import InputError
 from scantling.evaluate import validation
 from scantling.model import Cache, Decoder
+from scantling.model.premerge import prepare_for_decoding
 
 
 def _opened(path: Path) -> tuple[Decoder, Dataset, Path]:
@@ -41,6 +43,7 @@ def generate(path: Path, prompt: str, max_new_tokens: int, temperature: float, s
             f"prompt ({len(start)} tokens) and max_new_tokens ({max_new_tokens}) exceed the model's context of "
             f"{model.spec.max_position_embeddings}"
         )
+    model = prepare_for_decoding(model, processor=processor())
     cache, generator = Cache(model.spec, 1, capacity), torch.Generator().manual_seed(seed)
     ids, found = torch.from_numpy(start.astype("int64"))[None], []
     for _ in range(max_new_tokens):

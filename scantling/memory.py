@@ -303,7 +303,9 @@ def _branches(spec: Any, batch: _Batch) -> Number:
     if spec.branches.entry == "shared" and (first <= embedding or spec.transition.kind in _KEEP_INPUT):
         entry = -(count - 1) * embedding  # every stack's rows count it; it is one tensor
     shares = count * batch.bytes if spec.branches.mixing == "softmax" else 0
-    return batch.values(entry + count * last) + shares
+    compressed = spec.transition is not None and spec.transition.kind == "compress"
+    carried = 0 if compressed else max(0, spec.unembedding_size - last)  # into a wider head, mixed like the outputs
+    return batch.values(entry + count * (last + carried)) + shares
 
 
 _KEEP_INPUT = ("linear", "linear_diff", "transposed_conv", "conv_diff", "gaussian", "compress")

@@ -9,7 +9,7 @@ from itertools import pairwise
 from scantling.costing import total
 from scantling.parts import MoEFFN, Transition
 from scantling.rows import Row, ffn_weights, layer_rows, transition_row
-from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths
+from scantling.shapes import Accounting, WidthProfile, matched_widths, published_widths, stage_widths
 from scantling.spec import LayerSpec
 
 
@@ -37,6 +37,8 @@ def solve(profile: WidthProfile, base: Baseline) -> list[int]:
     Raises:
         ValueError: no profile of this form reaches the baseline, or a layer cannot have the width.
     """
+    if profile.profile == "stages":
+        return stage_widths(profile, base.depth, base.width)[0]
     uniform = [base.layer(index, base.width) for index in range(base.depth)]
     step = profile.quantize_to or math.lcm(*(2 * layer.num_attention_heads for layer in uniform))
     if profile.match in ("published", "none"):
@@ -46,6 +48,8 @@ def solve(profile: WidthProfile, base: Baseline) -> list[int]:
 
 def end_widths(profile: WidthProfile, base: int, widths: list[int]) -> tuple[int, int]:
     """Widths of the embedding and of the unembedding."""
+    if profile.profile == "stages":
+        return base, stage_widths(profile, len(widths), base)[1]
     if profile.fixed_residual_width:
         return base, base
     width_in = base if profile.original_input_width else widths[0]

@@ -18,7 +18,7 @@ from scantling import hf_config, parts
 from scantling.errors import InputError, suggest
 from scantling.parts import Transition
 from scantling.profiles import Baseline, end_widths, solve
-from scantling.shapes import WidthProfile
+from scantling.shapes import WidthProfile, structure_for
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.yamlio import Document, KeyPath, dumps, from_mapping, load, show
 
@@ -156,7 +156,7 @@ class _Resolver:
     ) -> None:
         """Embedding and unembedding widths, where the file does not give them."""
         width_in, width_out = layers[0].hidden_size, layers[-1].hidden_size
-        if profile is not None and widths is not None:
+        if profile is not None and widths is not None and not self.faults:
             width_in, width_out = end_widths(profile, self.value["hidden_size"], widths)
         fields.setdefault("embedding_size", width_in)
         fields.setdefault("unembedding_size", width_out)
@@ -324,7 +324,21 @@ class _Resolver:
                 ffn["intermediate_size"] = max(1, round(expansion * width))
             else:
                 unusable.add("ffn")
+        if "parameter_ratio" in ffn and not unusable & {"ffn"}:
+            self.fill_structure(ffn, width, path)
         return ffn
+
+    def fill_structure(self, ffn: dict[str, Any], width: int, path: KeyPath) -> None:
+        """Rank or blocks from the share of a dense linear's parameters (arXiv 2406.16450; see `structure_for`)."""
+        ratio, inner = ffn.pop("parameter_ratio"), _size(ffn.get("intermediate_size"))
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            self.fault((*path, "parameter_ratio"), f"expected a share above 0 and up to 1, got {show(ratio)}")
+        elif width and inner:
+            try:
+                gated = bool(ffn.get("gated", True))
+                ffn |= structure_for(str(ffn.get("kind")), width, inner, ratio, gated, _size(ffn.get("num_blocks")))
+            except ValueError as error:
+                self.fault((*path, "parameter_ratio"), str(error))
 
     # --- width profiles --------------------------------------------------------------------------------------------
 
@@ -341,7 +355,7 @@ class _Resolver:
         if isinstance(self.value.get("hidden_size"), list):
             self.fault(("width",), "with a width profile, hidden_size is one number: the width of the uniform baseline")
         profile = self.validate(WidthProfile, given, {key: ("width", key) for key in given}, where=("width",))
-        if profile and self.depth:
+        if profile and self.depth and profile.profile != "stages":
             try:
                 profile.steps(self.depth)
             except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from scantling.parts import Frozen, Positive, Real, Size
+from scantling.parts import Fraction, Frozen, Positive, Real, Size
 
 Match = Literal["allocated", "flops", "kv_bytes", "published", "none"]
 
@@ -23,7 +23,10 @@ class WidthProfile(Frozen):
     """One width per layer from a turn layer and a ratio.
 
     Attributes:
-        profile: `geometric` (each width is a multiple of the one before) or `arithmetic` (each adds a share of the first).
+        profile: `geometric` (each width is a multiple of the one before), `arithmetic` (each adds a share of the first), or
+            `stages` (lc- and cc-gpt, arXiv 2404.14462: blocks_per_stage layers of one width, then stage_ratio times it).
+        blocks_per_stage, stage_ratio: of `stages`; the first stage has hidden_size.
+        map_after_last: of `stages`: the head reads one more stage's width (as published); else the last stage's.
         bottleneck_ratio: narrowest width / hidden_size, in (0, 1]; geometric only.
         expansion_factor, reduction_factor: the multiples before and after the turn; a missing one follows from the other.
         delta, delta_neg: the added shares before and after the turn; a missing one follows from the other.
@@ -43,7 +46,10 @@ class WidthProfile(Frozen):
             first / last layer); wide_unembedding: the unembedding has the widest layer's width.
     """
 
-    profile: Literal["geometric", "arithmetic"] = "geometric"
+    profile: Literal["geometric", "arithmetic", "stages"] = "geometric"
+    blocks_per_stage: Size | None = None
+    stage_ratio: Fraction = 0.5
+    map_after_last: bool = True
     bottleneck_ratio: Real | None = Field(default=None, gt=0, le=1)
     expansion_factor: Positive | None = None
     reduction_factor: Positive | None = None
@@ -68,6 +74,10 @@ class WidthProfile(Frozen):
     def _one_schedule(self) -> Self:
         geometric = [self.bottleneck_ratio, self.expansion_factor, self.reduction_factor]
         arithmetic = [self.delta, self.delta_neg]
+        if self.profile == "stages":
+            if self.blocks_per_stage is None or any(value is not None for value in (*geometric, *arithmetic)):
+                raise ValueError("a stages profile takes blocks_per_stage and stage_ratio, and needs the first")
+            return self
         wanted, other = (geometric, arithmetic) if self.profile == "geometric" else (arithmetic, geometric)
         names = {
             "geometric": "bottleneck_ratio, or expansion_factor and/or reduction_factor",
@@ -101,6 +111,26 @@ class WidthProfile(Frozen):
         if turn > depth or second < 0:
             raise ValueError(f"turn_layer {turn} does not fit into {depth} layers")
         return turn, turn - 1, second
+
+
+def stage_widths(profile: WidthProfile, depth: int, width: int) -> tuple[list[int], int]:
+    """Widths of every layer of a `stages` profile, and of the head: floor(ratio x) from stage to stage.
+
+    Raises:
+        ValueError: the blocks do not divide the depth (a remainder would be dropped silently), or a width reaches 0.
+    """
+    blocks = profile.blocks_per_stage or 1
+    if depth % blocks:
+        raise ValueError(
+            f"{blocks} blocks per stage do not divide {depth} layers; use {depth // blocks * blocks or blocks}"
+        )
+    widths = [width]
+    for _ in range(depth // blocks):
+        widths.append(int(widths[-1] * profile.stage_ratio))
+    if widths[-1] < 1:
+        raise ValueError(f"{depth // blocks} stages shrink a width of {width} to nothing; use fewer stages")
+    head = widths[-1] if profile.map_after_last else widths[-2]
+    return [size for size in widths[:-1] for _ in range(blocks)], head
 
 
 @dataclass(frozen=True)
@@ -396,3 +426,38 @@ def _same_order(before: list[int], after: list[int]) -> bool:
     """No rise became a fall or a fall a rise between neighbours."""
     pairs = zip(pairwise(before), pairwise(after), strict=True)
     return all((b - a) * (d - c) >= 0 for (a, b), (c, d) in pairs)
+
+
+# --- structured feed-forward -------------------------------------------------------------------------------------------
+
+
+def structure_for(kind: str, width: int, inner: int, ratio: float, gated: bool, num_blocks: int = 0) -> dict[str, int]:
+    """Rank or block count for a share `ratio` of the weights of a dense FFN (arXiv 2406.16450; sheet 1.5).
+
+    With both linears structured alike, R or B solves structured weights = ratio x dense weights: for an ungated FFN of
+    h and f, low_rank 2 R (h + f) = ratio 2 h f; block_dense R (h + f)(1 + 1/B) = ratio 2 h f, rounded down to a multiple
+    of B; block_shuffle 2 min(h, f)(h + f)/B = ratio 2 h f, where only divisors of both widths can be reached.
+
+    Raises:
+        ValueError: the kind takes no ratio, block_dense lacks num_blocks, or no block count gives the share.
+    """
+    into = inner * (2 if gated else 1)
+    dense = width * into + inner * width
+    if kind == "low_rank":
+        return {"rank": max(1, int(ratio * dense / (width + into + inner + width)))}
+    if kind == "block_dense":
+        if not num_blocks:
+            raise ValueError("block_dense needs num_blocks beside parameter_ratio")
+        rank = ratio * dense / (into + width / num_blocks + width + inner / num_blocks)
+        return {"rank": max(1, int(rank / num_blocks)) * num_blocks}
+    if kind == "block_shuffle":
+        whole = min(width, into) * (width + into) + min(inner, width) * (inner + width)  # with one block
+        counts = [count for count in range(1, min(width, inner) + 1) if width % count == 0 == inner % count]
+        best = min(counts, key=lambda count: abs(whole / count - ratio * dense))
+        reached = whole / best / dense
+        if abs(reached / ratio - 1) > 0.05:
+            raise ValueError(
+                f"block counts that divide {width} and {inner} give {reached:.3g} at best, not {ratio:.3g}"
+            )
+        return {"num_blocks": best}
+    raise ValueError(f"{kind} has no rank or blocks to choose; use low_rank, block_shuffle or block_dense")

@@ -102,7 +102,7 @@ def test_explicit_cases(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_from({**MODEL, **EXPLICIT[case]})
     calls = []
     real = grouped_module.grouped_stacks
-    monkeypatch.setattr(grouped_module, "grouped_stacks", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr("scantling.model.decoder.grouped_stacks", lambda *args: calls.append(1) or real(*args))
     looped, grouped, ids = both(spec, 3)
     torch.manual_seed(0)
     expected = looped(ids)

@@ -13,7 +13,7 @@ import scantling.model.attention as attention_module
 from scantling.costing import param_counts
 from scantling.memory import OPTIMIZER_BYTES, Kernel, paper_training_values, training_memory
 from scantling.model import build
-from scantling.model.decoder import Layer
+from scantling.model.layer import Layer
 from scantling.resolve import spec_from
 from scantling.rows import Stack, StackFFN, StackLayer, rows
 from scantling.spec import ModelSpec

@@ -179,3 +179,14 @@ def test_a_first_layer_that_skips_empty_coordinates_is_the_same_function() -> No
     ids = torch.arange(17)[None]
     with torch.no_grad():
         assert (whole(ids) - lean(ids)).abs().max() < 1e-13
+
+
+@given(specs())
+def test_inference_equals_training_mode(spec: ModelSpec) -> None:
+    """Without gradients carry-forward works in place on one wide stream; the logits are those of the copying path."""
+    assume(not isinstance(spec.transition, Gaussian))
+    model = build(spec, dtype=torch.float64)
+    ids = torch.randint(0, spec.vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        in_place = model(ids)
+    assert (in_place - model(ids)).abs().max() < 1e-12

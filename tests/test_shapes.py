@@ -176,3 +176,46 @@ def test_a_fixed_residual_stream() -> None:
     assert [layer.head_dim for layer in spec.layers] == record["head_dims"]
     assert [layer.ffn.intermediate_size for layer in spec.layers] == record["intermediate_sizes"]
     assert cost(spec).params["total"] == record["model_num_parameters"]
+
+
+def test_stages_are_the_compressed_stacks_of_the_paper() -> None:
+    """12 x 768 in stages of 2: 768, 384, 192, 96, 48, 24, and a head that reads 12 (arXiv 2404.14462); B2's exact count."""
+    keys = {
+        "vocab_size": 50304, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "position": "none",
+        "max_position_embeddings": 1024, "learned_positions": True, "transition": "compress",
+        "norm": {"kind": "layer_norm", "bias": False},
+        "ffn": {"kind": "dense", "gated": False, "hidden_act": "gelu", "expansion": 4},
+    }  # fmt: skip
+    spec = spec_from({**keys, "width": {"profile": "stages", "blocks_per_stage": 2}})
+    assert spec.widths == (768, 768, 384, 384, 192, 192, 96, 96, 48, 48, 24, 24) and spec.unembedding_size == 12
+    assert cost(spec).params["total"] == 59_293_248
+    for blocks, count in ((3, 70_436_544), (4, 81_806_592), (6, 102_545_664)):
+        assert (
+            cost(spec_from({**keys, "width": {"profile": "stages", "blocks_per_stage": blocks}})).params["total"]
+            == count
+        )
+    with pytest.raises(InputError, match="5 blocks per stage do not divide 12 layers"):
+        spec_from({**keys, "width": {"profile": "stages", "blocks_per_stage": 5}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "ratio", "chosen"),
+    [
+        ("low_rank", {}, 0.625, {"rank": 384}),
+        ("low_rank", {}, 0.3125, {"rank": 192}),
+        ("block_dense", {"num_blocks": 2}, 0.625, {"rank": 512}),
+        ("block_dense", {"num_blocks": 2}, 0.3125, {"rank": 256}),
+        ("block_shuffle", {}, 0.625, {"num_blocks": 2}),
+        ("block_shuffle", {}, 0.3125, {"num_blocks": 4}),
+    ],
+)
+def test_ranks_and_blocks_from_a_share(kind: str, keys: dict[str, Any], ratio: float, chosen: dict[str, int]) -> None:
+    """The published settings of the 768-wide model (arXiv 2406.16450, sheet 1.5)."""
+    ffn = {"kind": kind, "gated": False, "expansion": 4, "parameter_ratio": ratio, **keys}
+    layer = model("none", 768, 1, None, ffn=ffn).layers[0]
+    assert {name: getattr(layer.ffn, name) for name in chosen} == chosen
+
+
+def test_a_share_no_block_count_gives() -> None:
+    with pytest.raises(InputError, match="parameter_ratio: block counts that divide"):
+        model("none", 62, 1, None, ffn={"kind": "block_shuffle", "expansion": 4, "parameter_ratio": 0.1})

@@ -7,76 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scantling.model.attention import Attention, LayerCache
-from scantling.model.ffn import MixtureOfExperts, feed_forward
+from scantling.model.ffn import MixtureOfExperts
+from scantling.model.grouped import groupable, grouped_stacks
 from scantling.model.init import initialise
+from scantling.model.layer import Cache, Layer
 from scantling.model.norm import Norm
-from scantling.model.stream import Resize, Stream
-from scantling.parts import Branches, Compress
-from scantling.spec import LayerSpec, ModelSpec
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward around the residual stream, all at this layer's width."""
-
-    def __init__(self, spec: LayerSpec) -> None:
-        super().__init__()
-        self.placement, self.parallel, self.multiplier = (
-            spec.norm_placement,
-            spec.use_parallel_residual,
-            spec.residual_multiplier,
-        )
-        self.input_layernorm = Norm(spec.norm, spec.hidden_size)
-        self.self_attn = Attention(spec)
-        self.post_attention_layernorm = Norm(spec.norm, spec.hidden_size)
-        if self.placement == "sandwich":
-            self.pre_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
-            self.post_feedforward_layernorm = Norm(spec.norm, spec.hidden_size)
-        self.unwritten = spec.hidden_size - (spec.ffn_output_size or spec.hidden_size)
-        self.mlp = feed_forward(spec.ffn, spec.hidden_size, spec.hidden_size - self.unwritten)
-
-    def forward(
-        self, x: Float[Tensor, "batch seq width"], past: LayerCache | None = None
-    ) -> Float[Tensor, "batch seq width"]:
-        first, second, m = self.input_layernorm, self.post_attention_layernorm, self.multiplier
-        match self.placement:
-            case "pre" if self.parallel:
-                return x + m * self.self_attn(first(x), past) + m * self._written(second(x))
-            case "pre":
-                x = x + m * self.self_attn(first(x), past)
-                return x + m * self._written(second(x))
-            case "post_residual":
-                x = first(x + m * self.self_attn(x, past))
-                return second(x + m * self.mlp(x))
-            case "post_branch":
-                x = x + m * first(self.self_attn(x, past))
-                return x + m * second(self.mlp(x))
-        x = x + m * second(self.self_attn(first(x), past))
-        return x + m * self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
-    def _written(self, x: Tensor) -> Tensor:
-        """The feed-forward's output, zero in coordinates it does not write."""
-        y: Tensor = self.mlp(x)
-        return F.pad(y, (0, self.unwritten)) if self.unwritten else y
-
-
-class Cache:
-    """Key/value caches of every layer, for `batch` sequences of up to `capacity` positions."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        batch: int,
-        capacity: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.layers = [LayerCache(layer, batch, capacity, torch.device(device), dtype) for layer in spec.layers]
-
-    @property
-    def length(self) -> int:
-        """Positions cached so far."""
-        return max(layer.length for layer in self.layers)
+from scantling.model.stream import Resize, Stream, WideStream
+from scantling.parts import Branches, CarryForward, Compress
+from scantling.spec import ModelSpec
 
 
 class Mix(nn.Module):
@@ -111,7 +49,8 @@ class Decoder(nn.Module):
 
     Attributes:
         grouped_branches: compute layer i of all parallel stacks as one batched computation (`grouped.py`) where their
-            layers allow it. Changes speed, not results; see benchmarks/results/grouped_branches.md.
+            layers allow it. The result is the same up to rounding. Off by default: on a CPU it gains only in tiny stacks
+            (benchmarks/results/grouped_branches.md).
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -154,7 +93,16 @@ class Decoder(nn.Module):
             return self.head(x * shares[best] if how == "scaled" else x, stream, normed=how != "bare")
         outputs = self._stacks([self.branches.entry(x, branch) for branch in range(self.branches.spec.count)], cache)
         mixed = sum(share * output for share, (output, _) in zip(shares, outputs, strict=True))
-        return self.head(mixed, outputs[0][1])
+        return self.head(mixed, self._mixed_stream(shares, outputs))
+
+    def _mixed_stream(self, shares: Tensor, outputs: list[tuple[Tensor, Stream]]) -> Stream:
+        """What the stacks carry past their last layer, mixed like their outputs, for a head wider than that layer."""
+        stream, width = Stream(), self.spec.unembedding_size
+        if width > outputs[0][0].shape[-1] and not isinstance(self.spec.transition, Compress):
+            stream.tails.append(
+                sum(share * each.carried(x, width) for share, (x, each) in zip(shares, outputs, strict=True))
+            )
+        return stream
 
     def embed(self, input_ids: Int[Tensor, "batch seq"], start: int = 0) -> Float[Tensor, "batch seq width"]:
         """Token embeddings, with learned positions from `start` on where the spec has them."""
@@ -166,17 +114,26 @@ class Decoder(nn.Module):
 
     def _stacks(self, inputs: list[Tensor], cache: Cache | None) -> list[tuple[Tensor, Stream]]:
         """Every stack from its input to its output: one by one, or grouped where asked for and possible."""
-        if self.grouped_branches:
-            from scantling.model.grouped import groupable, grouped_stacks  # it builds on this file
-
-            if groupable(self.spec):
-                return grouped_stacks(self, inputs, cache)
+        if self.grouped_branches and groupable(self.spec):
+            return grouped_stacks(self.spec, self.layers, self.resize, inputs, cache)
         return [self._stack(x, branch, cache) for branch, x in enumerate(inputs)]
 
     def _stack(self, x: Tensor, branch: int, cache: Cache | None) -> tuple[Tensor, Stream]:
-        """One stack of layers from its input to its output."""
-        stream, depth = Stream(), len(self.spec.stacks[0])
-        for index in range(branch * depth, (branch + 1) * depth):
+        """One stack of layers from its input to its output.
+
+        Without gradients, carry-forward updates one wide stream in place and copies nothing between layers.
+        """
+        depth = len(self.spec.stacks[0])
+        indices = range(branch * depth, (branch + 1) * depth)
+        if isinstance(self.spec.transition, CarryForward) and not torch.is_grad_enabled():
+            wide = WideStream(x, max(self.spec.stream_widths))
+            for index in indices:
+                x = wide.view(self.spec.layers[index].hidden_size)
+                layer: Layer = self.layers[index]  # type: ignore[assignment]
+                layer.update(x, cache.layers[index] if cache else None)
+            return x, wide
+        stream = Stream()
+        for index in indices:
             x = self.resize[index](x, stream)
             x = self.layers[index](x, cache.layers[index] if cache else None)
         return x, stream

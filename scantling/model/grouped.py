@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scantling.model.attention import Attention, LayerCache, attend
-from scantling.model.decoder import Cache, Decoder, Layer
 from scantling.model.ffn import FeedForward
+from scantling.model.layer import Cache, Layer
 from scantling.model.norm import Norm
 from scantling.model.rotary import rotary_table, rotate
 from scantling.model.stream import Stream
@@ -32,17 +32,21 @@ def groupable(spec: ModelSpec) -> bool:
 
 
 def grouped_stacks(
-    model: Decoder, inputs: Sequence[Float[Tensor, "batch seq width"]], cache: Cache | None
+    spec: ModelSpec,
+    all_layers: nn.ModuleList,
+    resize: nn.ModuleList,
+    inputs: Sequence[Float[Tensor, "batch seq width"]],
+    cache: Cache | None,
 ) -> list[tuple[Tensor, Stream]]:
-    """The output and the residual stream of every stack, as `Decoder` gets them one by one."""
-    count, depth = len(inputs), len(model.spec.stacks[0])
+    """The output and the residual stream of every stack, as a decoder gets them one by one."""
+    count, depth = len(inputs), len(spec.stacks[0])
     streams, xs, stacked = [Stream() for _ in inputs], list(inputs), None
     for level in range(depth):
         indices = [branch * depth + level for branch in range(count)]
-        layers = [cast(Layer, model.layers[index]) for index in indices]
-        if stacked is None or stacked.shape[-1] != model.spec.layers[level].hidden_size:
+        layers = [cast(Layer, all_layers[index]) for index in indices]
+        if stacked is None or stacked.shape[-1] != spec.layers[level].hidden_size:
             xs = list(stacked.unbind()) if stacked is not None else xs
-            resized = [model.resize[at](x, stream) for at, x, stream in zip(indices, xs, streams, strict=True)]
+            resized = [resize[at](x, stream) for at, x, stream in zip(indices, xs, streams, strict=True)]
             stacked = torch.stack(resized)
         past = [cache.layers[index] for index in indices] if cache else None
         stacked = cast(Tensor, GroupedLayer(layers)(stacked, past))

@@ -50,6 +50,26 @@ class Stream:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
+class WideStream(Stream):
+    """Carry-forward without gradients: one buffer as wide as the widest layer, of which layers update the first coordinates.
+
+    Args:
+        x: the stack's input; coordinates it does not have start at zero.
+        width: of the widest layer or table.
+    """
+
+    def __init__(self, x: Float[Tensor, "batch seq width"], width: int) -> None:
+        super().__init__()
+        self.buffer = F.pad(x, (0, width - x.shape[-1]))
+
+    def view(self, width: int) -> Float[Tensor, "batch seq some_width"]:
+        """The first coordinates, to be updated in place."""
+        return self.buffer[..., :width]
+
+    def carried(self, x: Float[Tensor, "batch seq width"], width: int) -> Float[Tensor, "batch seq missing"]:
+        return self.buffer[..., x.shape[-1] : width]
+
+
 class Resize(nn.Module):
     """The change of width into one layer (or into the unembedding, `last`), by the model's transition.
 
