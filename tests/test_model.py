@@ -37,7 +37,8 @@ def test_a_token_never_sees_the_future(spec: ModelSpec) -> None:
     changed = ids.clone()
     changed[0, 4:] = spec.vocab_size - 1
     with torch.no_grad():
-        assert torch.equal(model(ids)[:, :4], model(changed)[:, :4])
+        # not bit for bit: routed tokens share matrix products, whose sums depend on how many tokens an expert gets
+        assert (model(ids)[:, :4] - model(changed)[:, :4]).abs().max() < 1e-10
 
 
 def reference_resize(x: torch.Tensor, width: int, history: list[torch.Tensor], carry: bool) -> torch.Tensor:
