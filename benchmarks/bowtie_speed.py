@@ -57,7 +57,7 @@ def main() -> None:
         layers, width, _, vocabulary, context, sequences = size
         specs = {"uniform": spec(size, None)} | {match: spec(size, match) for match in MATCHES}
         steps = {name: step(one, context, sequences) for name, one in specs.items()}
-        seconds = harness.interleaved(steps, ROUNDS, limit=30)
+        seconds = harness.interleaved(steps, ROUNDS, limit=110)
         tables = {name: rows(one) for name, one in specs.items()}
         flops = {name: flops_per_token(one, context)["train"] for name, one in tables.items()}
         for match in MATCHES:
