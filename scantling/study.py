@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.config import RunConfig, StudyConfig, run_from
-from scantling.costing import flops_per_token, param_counts
+from scantling.costing import param_counts, train_flops
 from scantling.errors import InputError, RunError
 from scantling.files import write_json, write_text
 from scantling.record import FILE, find_records, read_record, to_frame
@@ -77,8 +77,7 @@ def _train_keys(study: StudyConfig, size: dict[str, Any], tokens: float, seed: i
 
 def training_flops(run: RunConfig) -> float:
     """FLOPs the run performs: 3 x forward with full attention."""
-    per_token = flops_per_token(rows(run.spec), run.train.sequence_length)["train"]
-    return float(per_token) * run.train.steps * run.train.batch_tokens
+    return train_flops(run.spec, run.train.sequence_length, run.train.steps * run.train.batch_tokens)
 
 
 def dry_run(study: StudyConfig, folder: Path) -> pd.DataFrame:
