@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,59 +17,114 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scantling.errors import InputError
 from scantling.files import explained, sync_folder
 from scantling.model import Decoder
+from scantling.model.guided import is_guide, plain_name
+from scantling.placement import placed
 from scantling.resolve import spec_from, to_mapping
 from scantling.spec import ModelSpec
 
-MODEL, OPTIMIZER, SPEC, STATE = "model.safetensors", "optimizer.safetensors", "spec.json", "state.json"
+SPEC, STATE = "spec.json", "state.json"
+MODEL, OPTIMIZER, AVERAGE, GUIDES = "model", "optimizer", "average", "guides"  # groups of tensors, a file each
 _STEP = re.compile(r"^step_(\d{8,})$")
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. `state` is the trainer's own: step, run hash, seconds and what else it needs to go on."""
+    """A loaded checkpoint.
+
+    Attributes:
+        tensors: by group: `model` (parameters of the plain model by name, a tied table once), `optimizer`, and where the run
+            has them `average` (of the weights) and `guides` (of self-guided training).
+        state: the trainer's own: step, run hash, seconds and what else it needs to go on.
+    """
 
     folder: Path
     spec: ModelSpec
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
 
+    def group(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a group, none when the checkpoint has no such file."""
+        return self.tensors.get(name, {})
 
-def weights_of(model: Decoder) -> dict[str, Tensor]:
-    """Parameters by name, a tied table once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters by name, a tied table once: those of the plain model, and the guides of a guided one."""
+    weights: dict[str, Tensor] = {}
+    guides: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        (guides if is_guide(name) else weights)[plain_name(name)] = parameter.detach()
+    return weights, guides
 
 
-def optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Optimizer state as `<state name>.<parameter name>`, so that it belongs to parameters and not to positions."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     return {
-        f"{key}.{names[parameter]}": value.detach().clone()
+        f"{key}.{names[parameter]}": value.detach()
+        for optimizer in optimizers
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
 
 
-def restore_optimizer(model: Decoder, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved state back."""
-    parameters = dict(model.named_parameters())
+def restore_optimizer(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: Tensors) -> None:
+    """Put saved state back.
+
+    Raises:
+        InputError: state for a parameter that no optimizer has.
+    """
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    owners = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, tensor in tensors.items():
-        key, _, parameter = name.partition(".")
-        if parameter not in parameters:
-            raise InputError(f"optimizer state for {parameter!r}, which this model does not have")
-        optimizer.state[parameters[parameter]][key] = tensor.clone()
+        key, _, owner = name.partition(".")
+        parameter = parameters.get(owner)
+        if parameter is None:
+            raise InputError(f"optimizer state for {owner!r}, which this model does not have")
+        own = placed(tensor, parameter) if tensor.ndim else tensor
+        owners[parameter].state[parameter][key] = own.clone()
+
+
+def write_tensors(tensors: Tensors, path: Path) -> None:
+    """One file of tensors, flushed to disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # safetensors hides the errno of a full disk in its text
+        raise OSError(28 if "No space" in str(error) or "os error 28" in str(error) else 5, str(error)) from error
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def save(
-    root: Path, step: int, model: Decoder, optimizer: torch.optim.Optimizer | None, state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensors],
+    state: Mapping[str, Any],
+    keep: int,
+    protected: Collection[int] = (),
+    write: Callable[[Tensors, Path], None] = write_tensors,
 ) -> Path:
-    """Write `root/step_NNNNNNNN` and drop all but the newest `keep`.
+    """Write `root/step_NNNNNNNN` and drop all but the newest `keep` and the `protected` steps.
+
+    Args:
+        tensors: by group, a file each.
+        write: how a group becomes a file.
 
     Raises:
         RunError: the disk is full or not writable; nothing half-written stays and older checkpoints are untouched.
@@ -80,10 +135,10 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
-            _save_tensors(weights_of(model), temporary / MODEL)
-            if optimizer is not None:
-                _save_tensors(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-            _write(temporary / SPEC, json.dumps(to_mapping(model.spec), indent=1))
+            for name, group in tensors.items():
+                if group:
+                    write(group, temporary / f"{name}.safetensors")
+            _write(temporary / SPEC, json.dumps(to_mapping(spec), indent=1))
             sums = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
             _write(temporary / STATE, json.dumps({"step": step, **state, "sha256": sums}, indent=1))
             sync_folder(temporary)
@@ -95,17 +150,9 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     for old in folders(root)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if step_of(old) not in protected:
+            shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # safetensors hides the errno of a full disk in its text
-        raise OSError(28 if "No space" in str(error) or "os error 28" in str(error) else 5, str(error)) from error
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _write(path: Path, text: str) -> None:
@@ -124,8 +171,14 @@ def folders(root: Path) -> list[Path]:
     """Checkpoint folders below `root`, oldest first; temporary ones are not among them."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP.match(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in root.iterdir() if _STEP.match(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder's name tells."""
+    match = _STEP.match(folder.name)
+    assert match is not None
+    return int(match[1])
 
 
 def load(folder: Path) -> Checkpoint:
@@ -145,13 +198,17 @@ def load(folder: Path) -> Checkpoint:
                     f"{folder / name}: expected sha256 {expected[:12]}, got {found[:12]}; the file was altered or damaged"
                 )
         spec = spec_from(json.loads((folder / SPEC).read_text(encoding="utf-8")), str(folder / SPEC))
-        weights = load_file(folder / MODEL)
-        optimizer = load_file(folder / OPTIMIZER) if OPTIMIZER in sums else {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name in sums:
+            if name.endswith(".safetensors"):  # `optimizer.scalars.safetensors` belongs to `optimizer`
+                tensors.setdefault(name.partition(".")[0], {}).update(load_file(folder / name))
+        if MODEL not in tensors:
+            raise InputError(f"{folder}: has no {MODEL}.safetensors; the checkpoint is incomplete")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file; the checkpoint is incomplete") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a readable checkpoint: {error}") from None
-    return Checkpoint(folder, spec, weights, optimizer, {key: value for key, value in state.items() if key != "sha256"})
+    return Checkpoint(folder, spec, tensors, {key: value for key, value in state.items() if key != "sha256"})
 
 
 def load_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -171,27 +228,31 @@ def load_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load_model(path: Path) -> Decoder:
-    """The model of a checkpoint folder, or of a run folder's newest checkpoint."""
+    """The model of a checkpoint folder, or of a run folder's newest checkpoint; averaged weights where the run kept them."""
     checkpoint = load(path) if (path / STATE).exists() else load_latest(path / "checkpoints")[0]
     if checkpoint is None:
         raise InputError(f"{path}: expected a checkpoint folder or a run folder with checkpoints")
     model = Decoder(checkpoint.spec)
-    restore_weights(model, checkpoint.weights)
+    weights = checkpoint.group(MODEL) | {
+        name: value for name, value in checkpoint.group(AVERAGE).items() if name in checkpoint.group(MODEL)
+    }
+    restore_weights(model, weights)
     return model
 
 
-def restore_weights(model: Decoder, weights: Mapping[str, Tensor]) -> None:
-    """Copy saved weights into a model of the same spec.
+def restore_weights(model: nn.Module, weights: Tensors, guides: Tensors | None = None) -> None:
+    """Copy saved weights into a model of the same spec, and saved guides into a guided one.
 
     Raises:
         InputError: names or shapes differ.
     """
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != weights.keys():
-        odd = sorted(parameters.keys() ^ weights.keys())
+    saved = {**weights, **(guides or {})}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    if parameters.keys() != saved.keys():
+        odd = sorted(parameters.keys() ^ saved.keys())
         raise InputError(f"the checkpoint's tensors are not this model's; first difference: {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != weights[name].shape:
-                raise InputError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(weights[name].shape)}")
-            parameter.copy_(weights[name])
+            if parameter.shape != saved[name].shape:
+                raise InputError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(saved[name].shape)}")
+            parameter.copy_(placed(saved[name], parameter))

@@ -7,12 +7,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
 
 from scantling import __version__
-from scantling.errors import InputError, ScantlingError
+from scantling.errors import InputError, ScantlingError, suggest
+
+if TYPE_CHECKING:
+    from scantling.config import RunConfig
 
 app = App(
     name="scantling",
@@ -123,27 +126,67 @@ def cost(
 
 
 @app.command
-def train(run: Path, *, out: Path | None = None, set_: Set = (), json_: Json = False) -> None:
+def train(
+    run: Path,
+    *,
+    out: Path | None = None,
+    coord_check: Annotated[bool, Parameter(negative=())] = False,
+    profile: Annotated[bool, Parameter(negative=())] = False,
+    deadline: str | None = None,
+    set_: Set = (),
+    json_: Json = False,
+) -> None:
     """Train one run; the same command goes on after an interruption, and says so when it is done.
 
     Args:
         run: The run YAML.
         out: The run folder; default runs/<name>.
+        coord_check: Train nothing for good: a few steps at 1, 2, 4 and 8 times the run's widths, to see whether activations
+            grow with width (muP's coordinate check); coordinates.html is written to the run folder.
+        profile: Take a few steps that do not count and say where their time goes.
+        deadline: Save and stop after this time (90s, 45m, 2h30m), to be gone on with by the same command.
     """
     from scantling.config import load_run
+    from scantling.units import parse_duration
 
     config = load_run(run, set_)
-    from scantling.training import train as execute
+    if coord_check:
+        return _coordinates(config, out or Path("runs") / config.name, json_)
+    from scantling import training
 
+    if profile:
+        found = training.profile(config)
+        return _print(found.to_json()) if json_ else print("\n".join(found.sentences()))
     folder = out or Path("runs") / config.name
-    record = execute(config, folder)
+    seconds = None if deadline is None else parse_duration(deadline, "--deadline")
+    record = training.train(config, folder, deadline=seconds)
+    if not training.speaks():
+        return None
     if json_:
         _print(record.to_json())
     else:
-        loss, bits = record.final.get("validation_loss"), record.final.get("bits_per_byte")
-        print(
-            f"{folder}: {record.status}, validation loss {loss:.4f} nats/token ({bits:.4f} bits/byte), {record.tokens:,} tokens"
-        )
+        loss, bits = record.final["validation_loss"], record.final.get("bits_per_byte")
+        per_byte = "" if bits is None else f" ({bits:.4f} bits/byte)"
+        print(f"{folder}: {record.status}, validation loss {loss:.4f} nats/token{per_byte}, {record.tokens:,} tokens")
+
+
+def _coordinates(config: "RunConfig", folder: Path, json_: bool) -> None:
+    """The coordinate check of a run: a table or JSON, and a page in the run folder."""
+    from scantling import show
+    from scantling.coordinates import coordinate_check
+    from scantling.data import prepare
+    from scantling.files import write_text
+    from scantling.reporting import coordinates_page
+
+    found = coordinate_check(
+        config, prepare(config.data), report=lambda line: print(line, file=sys.stderr, flush=True)
+    ).to_json()
+    write_text(folder / "coordinates.html", coordinates_page(found))
+    if json_:
+        _print(found)
+    else:
+        show.coordinates(found)
+        print(f"{folder / 'coordinates.html'}: the activations by width", file=sys.stderr)
 
 
 @app.command
@@ -189,13 +232,20 @@ def fit(
     loss: str = "loss",
     params: str = "N",
     tokens: str = "D",
+    column: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     clusters: str | None = None,
     weights: str | None = None,
     objective: Literal["huber", "lad", "ols", "ols_raw"] = "huber",
     delta: float = 1e-3,
     tied: Annotated[bool, Parameter(negative=())] = False,
+    tie: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     fix: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    bound: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    extrapolate: Annotated[bool, Parameter(negative=())] = False,
     only: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    unit: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    separator: str | None = None,
+    also_params: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     compare: str | None = None,
     baseline: str | None = None,
     count: Literal["total", "non_embedding"] = "total",
@@ -207,18 +257,26 @@ def fit(
     """Fit a scaling law with uncertainty, or compare families by the FLOPs they need for the same loss.
 
     Args:
-        table: A .csv, .tsv or .jsonl table of runs, or a study folder.
-        law: The law's form.
+        table: A .csv, .tsv, .jsonl or .parquet table of runs, or a study folder.
+        law: A name (chinchilla, overtraining, frontier, kaplan, isoflop, envelope, width-depth, head-configurations, ...) or an
+            equation such as "E + A*width^-a + B*D^-b"; docs/fitting.md lists them.
         loss: Column of losses, nats per token.
         params: Column of parameter counts.
         tokens: Column of training tokens.
+        column: Column of another quantity of the law, as width=d_model. Repeatable.
         clusters: Column naming the run of each row, when rows are checkpoints.
         weights: Column of weights.
         objective: Of log residuals: huber, ols (squares), lad (absolute); ols_raw: squares of the raw loss.
         delta: Huber's delta.
         tied: Impose equal exponents for parameters and tokens.
+        tie: Make one parameter copy another, as beta=alpha. Repeatable.
         fix: Hold a parameter, as E=1.69. Repeatable.
+        bound: Keep a parameter within bounds, as alpha=0.2:0.5. Repeatable.
+        extrapolate: Choose rows, law and objective by the pre-registered extrapolation rule (docs/fitting.md).
         only: Keep only rows with column=value. Repeatable.
+        unit: Unit of a column: N=M, D=B, loss=bits, loss=perplexity. Repeatable.
+        separator: Between the entries of a table; default a comma in .csv, a tab in .tsv.
+        also_params: Another column of parameter counts, for the sensitivity table. Repeatable.
         compare: Column of families: fit each, and the loss-matched saving between them.
         baseline: The family that the others are compared with; default the first.
         count: For a study folder: the parameters that N counts.
@@ -229,22 +287,36 @@ def fit(
     from scantling import show
     from scantling.compare import compare_families, read_rows, select
     from scantling.files import write_json
+    from scantling.laws import clean
+    from scantling.laws import extrapolate as fit_ahead
     from scantling.laws import fit as fit_law
 
-    rows, conventions = read_rows(table, count)
+    rows, conventions = read_rows(table, count, separator)
     rows = select(rows, only)
+    rows, excluded = clean(rows, loss=loss, params=params, tokens=tokens, units=_pairs("--unit", unit))
     settings: dict[str, Any] = {
-        "law": law, "loss": loss, "params": params, "tokens": tokens, "clusters": clusters, "weights": weights,
-        "objective": objective, "delta": delta, "tied": tied, "fixed": _numbers(fix), "conventions": conventions,
-        "resamples": resamples, "seed": seed,
+        "loss": loss, "params": params, "tokens": tokens, "clusters": clusters, "weights": weights,
+        "conventions": conventions, "resamples": resamples, "seed": seed, "excluded": excluded,
+        "also": {name: name for name in also_params},
+    }  # fmt: skip
+    chosen: dict[str, Any] = {
+        "law": law, "columns": _pairs("--column", column), "objective": objective, "delta": delta, "tied": tied,
+        "ties": _pairs("--tie", tie), "fixed": _numbers(fix), "bounds": _bounds(bound),
     }  # fmt: skip
     if compare is not None:
-        comparison = compare_families(rows, compare, baseline, settings)
+        comparison = compare_families(rows, compare, baseline, settings | chosen)
         if out is not None:
             write_json(out, comparison.to_json())
         _print(comparison.to_json()) if json_ else show.comparison(comparison)
         return
-    law_fit = fit_law(rows, **settings)
+    if extrapolate:
+        plain = {"law": "chinchilla", "objective": "huber", "delta": 1e-3, "tied": False}
+        given = [name for name, value in chosen.items() if value != plain.get(name, {})]
+        if given:
+            raise InputError(f"--extrapolate chooses {', '.join(given)} itself; leave the option out")
+        law_fit = fit_ahead(rows, **settings)
+    else:
+        law_fit = fit_law(rows, **settings, **chosen)
     if out is not None:
         write_json(out, law_fit.to_json())
     _print(show.law_json(law_fit)) if json_ else show.law(law_fit)
@@ -257,6 +329,7 @@ def predict(
     params: str | None = None,
     tokens: str | None = None,
     compute: str | None = None,
+    at: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     level: float = 0.95,
     json_: Json = False,
 ) -> None:
@@ -267,6 +340,7 @@ def predict(
         params: Parameters, as 70e9 or 70B, counted as the law counts them.
         tokens: Training tokens, as 1.4e12 or 1.4T.
         compute: Instead of both: training FLOPs C = 6 N D, spent optimally.
+        at: Another quantity of the law, as width=1024 or heads=8,1. Repeatable.
         level: Of the interval.
     """
     from scantling import show
@@ -276,10 +350,22 @@ def predict(
     found = load_law(law)
     if not 0 < level < 1:
         raise InputError(f"--level: expected a number between 0 and 1, got {level}")
-    if compute is not None:
+    known = ("N", "D", "C", "M")
+    wanted = [name for name in (*found.formula.columns, *found.groups) if name not in known]
+    given = _pairs("--at", at)
+    for name in given:
+        if name not in (*found.formula.columns, *found.groups, *known):
+            near = suggest(name, (*found.formula.columns, *found.groups))
+            raise InputError(f"--at {name}: the law {found.formula.text!r} has no such quantity{near}")
+    if compute is not None and not given and "C" not in found.formula.columns[:1]:
         if params is not None or tokens is not None:
             raise InputError("--compute stands for the optimal --params and --tokens; give either it or those")
         answer = show.optimum_json(found, parse_count(compute, "--compute"), level)
+    elif given or wanted or found.law not in ("chinchilla", "overtraining"):
+        numbers = {"N": params, "D": tokens, "C": compute} | {k: v for k, v in given.items() if k not in found.groups}
+        columns = {name: parse_count(value, f"--at {name}") for name, value in numbers.items() if value is not None}
+        groups = {name: value for name, value in given.items() if name in found.groups}
+        answer = show.value_json(found, columns, groups, level)
     elif params is None or tokens is None:
         raise InputError("predict needs --params and --tokens, or --compute")
     else:
@@ -365,8 +451,9 @@ def evaluate(checkpoint: Path, *, tokens: str = "1M", json_: Json = False) -> No
     if json_:
         _print(found)
     else:
+        per_byte = f"{found['bits_per_byte']:.4f} bits/byte, " if "bits_per_byte" in found else ""
         print(f"validation loss {found['validation_loss']:.4f} ± {found['validation_std_error']:.4f} nats/token, "
-              f"{found['bits_per_byte']:.4f} bits/byte, {found['validation_tokens']:,.0f} tokens")  # fmt: skip
+              f"{per_byte}{found['validation_tokens']:,.0f} tokens")  # fmt: skip
 
 
 @app.command
@@ -398,6 +485,31 @@ def _numbers(pairs: tuple[str, ...]) -> dict[str, float]:
             raise InputError(f"--fix {pair}: expected name=number, such as --fix E=1.69") from None
         if not equals:
             raise InputError(f"--fix {pair}: expected name=number, such as --fix E=1.69")
+    return found
+
+
+def _pairs(option: str, pairs: tuple[str, ...]) -> dict[str, str]:
+    """`name=value` options."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise InputError(f"{option} {pair}: expected name=value")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def _bounds(pairs: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """`name=low:high` options; an empty end is zero or infinite."""
+    found = {}
+    for name, value in _pairs("--bound", pairs).items():
+        low, colon, high = value.partition(":")
+        try:
+            found[name] = (float(low or 0.0), float(high or "inf"))
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise InputError(f"--bound {name}={value}: expected name=low:high, such as --bound alpha=0.2:0.5")
     return found
 
 

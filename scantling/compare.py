@@ -10,6 +10,7 @@ import pandas as pd
 
 from scantling.errors import InputError, suggest
 from scantling.laws import LawFit, Saving, fit, read_table, saving
+from scantling.record import find_records
 from scantling.study import collect
 
 SCHEMA = "scantling.compare/1"
@@ -35,27 +36,31 @@ class Comparison:
         }
 
 
-def read_rows(path: Path, count: str) -> tuple[pd.DataFrame, dict[str, str] | None]:
+def read_rows(path: Path, count: str, separator: str | None = None) -> tuple[pd.DataFrame, dict[str, str] | None]:
     """A table of runs from a file or a study folder, and how its columns are counted where that is known.
+
+    Runs of a folder carry their precision, so that a law over several is refused.
 
     Raises:
         InputError: no runs, or not a table.
     """
     if not path.is_dir():
-        return read_table(path), None
+        return read_table(path, separator), None
     rows = collect(path, count)
     if rows.empty:
         raise InputError(f"{path}: no finished run (record.json) in this folder; run the study first")
     gone = rows[rows.status != "done"]
     if len(gone) == len(rows):
         raise InputError(f"{path}: all {len(rows)} runs diverged; there is nothing to fit")
+    precisions = {str(folder): record.environment.get("precision", "") for folder, record in find_records(path)}
+    rows = rows.assign(precision=rows.folder.map(precisions))
     conventions = {
         "N": f"{count} parameters",
         "D": "tokens trained on",
         "C": "3 x forward FLOPs as performed, full attention, head included",
         "loss": "validation, nats per token",
     }
-    return rows[rows.status == "done"].reset_index(drop=True), conventions
+    return rows, conventions
 
 
 def select(rows: pd.DataFrame, conditions: tuple[str, ...]) -> pd.DataFrame:
@@ -68,13 +73,27 @@ def select(rows: pd.DataFrame, conditions: tuple[str, ...]) -> pd.DataFrame:
         column, equals, value = condition.partition("=")
         if not equals or column not in rows.columns:
             raise InputError(f"--only {condition}: no column {column!r}{suggest(column, rows.columns)}")
-        kept = rows[rows[column].astype(str) == value]
+        kept = rows[
+            (rows[column].astype(str) == value) | (pd.to_numeric(rows[column], errors="coerce") == _number(value))
+        ]
         if kept.empty:
             raise InputError(
-                f"--only {condition}: no row has it; the column holds {', '.join(sorted(set(rows[column].astype(str)))[:8])}"
+                f"--only {condition}: no row has it; the column holds {', '.join(sorted(set(map(_shown, rows[column])))[:8])}"
             )
         rows = kept
     return rows
+
+
+def _number(text: str) -> float:
+    """The number a text holds, or NaN, which equals nothing."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def compare_families(rows: pd.DataFrame, column: str, baseline: str | None, settings: dict[str, Any]) -> Comparison:

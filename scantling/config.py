@@ -4,129 +4,20 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from scantling.corpus import DataConfig
+from scantling.costing import train_flops
 from scantling.errors import InputError, suggest
-from scantling.parts import Fraction, Frozen, Positive, Real, Size
+from scantling.guidance import Guidance, guidance
+from scantling.parts import Frozen, Positive, Real, Size
+from scantling.recipe import UNHASHED, TrainConfig
 from scantling.resolve import plain_message, resolve, to_mapping
 from scantling.spec import ModelSpec
-from scantling.units import parse_count
 from scantling.yamlio import Document, canonical_json, from_mapping, load, show
-
-
-def _count(value: object) -> object:
-    """A count as people write it: 400000, 4e5, "300M"."""
-    if isinstance(value, str):
-        try:
-            return parse_count(value)
-        except InputError as error:
-            raise ValueError(f"expected a count such as 4e5 or 300M, got {show(value)}") from error
-    if isinstance(value, bool):
-        raise ValueError(f"expected a count, got {show(value)}")
-    return value
-
-
-Count = Annotated[float, BeforeValidator(_count), Field(gt=0, allow_inf_nan=False)]
-
-
-class AdamW(Frozen):
-    """Decoupled weight decay on matrices (not on gains and biases); torch's fused implementation."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Positive = 3e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: Real = Field(default=0.1, ge=0)
-
-
-class Cosine(Frozen):
-    """Linear warm-up over `warmup` of the steps, then a cosine to `final` of the peak."""
-
-    kind: Literal["cosine"]
-    warmup: Fraction = 0.05
-    final: Fraction = 0.1
-
-
-class WSD(Frozen):
-    """Linear warm-up, constant, then a cosine decay over the last `decay` of the steps to `final` of the peak.
-
-    arXiv 2503.09579, appendix D (defaults are theirs).
-    """
-
-    kind: Literal["wsd"]
-    warmup: Fraction = 0.1
-    decay: Fraction = 0.2
-    final: Fraction = 0.1
-
-
-class Constant(Frozen):
-    """Linear warm-up over `warmup` of the steps, then constant."""
-
-    kind: Literal["constant"]
-    warmup: Fraction = 0.0
-
-
-class Power(Frozen):
-    """Linear warm-up over `warmup` of the steps, then min(peak, a x (tokens so far)^exponent).
-
-    The warm-up rises to the power law's value at its end. Defaults: the authors' for batches of 524288 tokens; they take a =
-    batch_tokens / 1024 (arXiv 2606.18246, section 3.1).
-    """
-
-    kind: Literal["power"]
-    warmup: Fraction = 0.08
-    a: Positive = 512.0
-    exponent: Real = Field(default=-0.566, le=0)
-
-
-Schedule = Annotated[Cosine | WSD | Constant | Power, Field(discriminator="kind")]
-
-
-class TrainConfig(Frozen):
-    """One training run beside its model and data.
-
-    Attributes:
-        tokens: training budget; rounded to whole steps.
-        batch_tokens: tokens per optimizer step: sequences x sequence_length.
-        sequence_length: tokens per sequence.
-        gradient_accumulation_steps: micro-batches that make up one step.
-        max_grad_norm: global gradient norm is clipped to this; 0 does not clip.
-        precision: `float32`, or `bfloat16` (autocast; weights and optimizer stay float32).
-        checkpoint_every: steps between checkpoints; keep_last of them stay.
-        evaluate_every: steps between validation losses; the final one is always taken.
-        validation_tokens: at most this many tokens of the validation split per evaluation.
-    """
-
-    tokens: Count
-    batch_tokens: Size = 8192
-    sequence_length: Size = 256
-    gradient_accumulation_steps: Size = 1
-    optimizer: AdamW = AdamW()
-    schedule: Schedule = Cosine(kind="cosine")
-    max_grad_norm: Real = Field(default=1.0, ge=0)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    checkpoint_every: Size = 500
-    keep_last: Size = 2
-    evaluate_every: Size | None = None
-    validation_tokens: Count = 262144
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
-        unit = self.sequence_length * self.gradient_accumulation_steps
-        if self.batch_tokens % unit:
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length x gradient_accumulation_steps = {unit}"
-            )
-        return self
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps: tokens / batch_tokens, rounded, at least one."""
-        return max(1, round(self.tokens / self.batch_tokens))
 
 
 @dataclass(frozen=True)
@@ -145,11 +36,50 @@ class RunConfig:
     @property
     def hash(self) -> str:
         """SHA-256 of everything that decides the resulting weights. The name and the checkpoint rhythm do not."""
-        train = self.train.model_dump(mode="json", exclude={"checkpoint_every", "keep_last"})
+        train = self.train.model_dump(mode="json", exclude=set(UNHASHED))
         data = self.data.model_dump(mode="json")
         return hashlib.sha256(
             canonical_json({"model": self.spec.dump(), "data": data, "train": train}).encode()
         ).hexdigest()
+
+    @cached_property
+    def guidance(self) -> Guidance | None:
+        """The plan of its guided phase; None for a run without guides."""
+        return guidance(self.spec, self.train)
+
+    @property
+    def steps(self) -> int:
+        """All optimizer steps: those through the token budget, and those that repeat data (`fixed_flops` guidance)."""
+        return self.guidance.steps if self.guidance else self.train.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, repeats included."""
+        return self.tokens_after(self.steps)
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs the whole run performs, see `train_flops_after`."""
+        return self.train_flops_after(self.steps)
+
+    def sequences(self, step: int) -> tuple[int, int]:
+        """The numbered sequences that a 0-based step trains on: (first, count)."""
+        if self.guidance:
+            return self.guidance.sequences(step)
+        before = self.train.sequences_before
+        return before[step], before[step + 1] - before[step]
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens trained on in the first `steps` steps."""
+        if self.guidance:
+            return self.guidance.tokens(steps)
+        return self.train.sequences_before[steps] * self.train.sequence_length
+
+    def train_flops_after(self, steps: int) -> float:
+        """FLOPs performed in the first `steps` steps: 3 x forward with full attention, guides included."""
+        if self.guidance:
+            return self.guidance.train_flops(steps)
+        return train_flops(self.spec, self.train.sequence_length, self.tokens_after(steps))
 
     def to_mapping(self) -> dict[str, Any]:
         """The file form, resolved; `resolve_run` reads it back."""
@@ -280,6 +210,10 @@ def resolve_run(document: Document) -> RunConfig:
                     f"expected at most max_position_embeddings {spec.max_position_embeddings}, got {train.sequence_length}",
                 )
             )
+        try:
+            guidance(spec, train)
+        except InputError as error:
+            faults += [document.fault(("train",), fault) for fault in error.faults]
     if faults:
         raise InputError(*dict.fromkeys(faults))
     return RunConfig(str(name), parts["model"], parts["data"], parts["train"], labels)

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import numpy
 import torch
@@ -59,6 +60,61 @@ def fastest_float32() -> str:
     return before
 
 
+def available_memory(device: str = "cpu", root: Path = Path("/")) -> int:
+    """Bytes that this process can still allocate on a device.
+
+    CUDA: what the driver says is free, and what torch's allocator holds unused. CPU: the least of what the system has
+    available and what each memory limit of the process's control groups (v2, or v1) leaves; page cache that could be
+    dropped counts as free.
+
+    Args:
+        device: `cpu`, or a CUDA device.
+        root: where /proc and /sys are looked for.
+    """
+    if device != "cpu":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = [_group_memory(group) for group in _groups(root)]
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:  # not Linux: half of what there is
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return max(0, min(size for size in found if size is not None))
+
+
+def _groups(root: Path) -> list[Path]:
+    """The folders of this process's control groups that may limit memory, innermost first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        top = root / "sys/fs/cgroup" / ("memory" if "memory" in controllers.split(",") else "")
+        if not controllers or "memory" in controllers.split(","):
+            own = top / path.strip("/")
+            folders += [own, *(parent for parent in own.parents if parent == top or top in parent.parents)]
+    return folders
+
+
+def _group_memory(folder: Path) -> int | None:
+    """What one control group's limit leaves; None without a limit."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            droppable = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return int(most) - now + int(droppable.get(cache, 0)) if most != "max" else None
+    return None
+
+
 @lru_cache(maxsize=1)
 def processor() -> str:
     """The processor's name as the system tells it."""
@@ -85,3 +141,16 @@ def environment(precision: str, device: str) -> dict[str, object]:
         "numpy": numpy.__version__,
         "scantling": scantling.__version__,
     }
+
+
+def bfloat16_is_fast(device: str) -> bool:
+    """Whether the device has units for bfloat16 products: told by the hardware, not timed, so always the same."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
+
+
+def use_float32(setting: str) -> None:
+    """Put torch's float32 product setting into effect: `highest`, `high` or `medium`, see `fastest_float32`."""
+    torch.set_float32_matmul_precision(setting)

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 
-from scantling.data import Dataset
+from scantling.dataset import Dataset
 from scantling.device import DTYPES
 from scantling.model import Decoder
 
@@ -27,14 +26,16 @@ def batch_losses(
     batch_sequences: int,
     max_tokens: int,
     precision: str = "float32",
+    document_mask: bool = False,
 ) -> Iterator[tuple[float, int]]:
-    """(summed loss in nats, tokens) of each batch of a fixed sweep through the validation split."""
+    """(summed cross-entropy in nats, tokens) of each batch of a fixed sweep through the validation split."""
     device = next(model.parameters()).device
-    for inputs, labels in dataset.validation_batches(sequence_length, batch_sequences, max_tokens):
+    for batch in dataset.validation_batches(sequence_length, batch_sequences, max_tokens, documents=document_mask):
+        inputs, labels = torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.labels).to(device)
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents).to(device)
         with autocast(precision, str(device)):
-            logits = model(torch.from_numpy(inputs).to(device))
-        targets = torch.from_numpy(labels).to(device)
-        yield F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item(), labels.size
+            total = model.total_loss(inputs, labels, documents)
+        yield total.item(), labels.numel()
 
 
 def validation(
@@ -44,16 +45,17 @@ def validation(
     batch_sequences: int,
     max_tokens: int,
     precision: str = "float32",
+    document_mask: bool = False,
 ) -> dict[str, float]:
     """Validation loss with its sampling error.
 
     Returns:
-        `validation_loss` (nats per token), `validation_std_error` (between batches), `bits_per_byte`, `validation_tokens`.
+        `validation_loss` (nats per token), `validation_std_error` (between batches), `validation_tokens`, and
+        `bits_per_byte` where the bytes of a token are known.
     """
     model.eval()
-    sums = list(
-        batch_losses(model, dataset, sequence_length, batch_sequences, max(max_tokens, sequence_length), precision)
-    )
+    most = max(max_tokens, sequence_length)
+    sums = list(batch_losses(model, dataset, sequence_length, batch_sequences, most, precision, document_mask))
     model.train()
     tokens = sum(count for _, count in sums)
     loss = math.fsum(total for total, _ in sums) / tokens
@@ -64,9 +66,10 @@ def validation(
         else 0.0
     )
     bits = loss / math.log(2) / dataset.bytes_per_token("validation")
-    return {
+    found = {
         "validation_loss": loss,
         "validation_std_error": spread,
         "bits_per_byte": bits,
         "validation_tokens": float(tokens),
     }
+    return {name: value for name, value in found.items() if name != "bits_per_byte" or math.isfinite(value)}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from scantling.checkpoint import load_model
@@ -36,7 +37,8 @@ def generate(path: Path, prompt: str, max_new_tokens: int, temperature: float, s
             f"expected max_new_tokens of at least 1 and temperature of at least 0, got {max_new_tokens}, {temperature}"
         )
     model, dataset, _ = _opened(path)
-    start = dataset.tokenizer.encode(prompt) if prompt else torch.zeros(1, dtype=torch.long).numpy()
+    end = dataset.tokenizer.end_of_document
+    start = dataset.tokenizer.encode(prompt) if prompt else np.array([end or 0])
     capacity = len(start) + max_new_tokens
     if capacity > model.spec.max_position_embeddings:
         raise InputError(
@@ -52,7 +54,7 @@ def generate(path: Path, prompt: str, max_new_tokens: int, temperature: float, s
             token = logits.argmax()[None]
         else:
             token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        if token.item() == 0:  # end of document
+        if token.item() == end:
             break
         found.append(int(token))
         ids = token[None]

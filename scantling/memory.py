@@ -1,55 +1,54 @@
-"""What training a model keeps in memory: weights, gradients, optimizer state, and every tensor kept for the backward pass.
+"""What training a model holds in memory: weights, gradients, optimizer state, and what the backward pass needs (`kept.py`).
 
-Each formula below counts the tensors that autograd keeps for one kind of module in `model/`, every storage once, and is
-checked against torch's saved tensors. Plain arithmetic on ints and NumPy arrays alike, of a `ModelSpec` or a `Stack`.
-
-Who keeps what, per token and layer of width d, with h query heads, g key/value heads and feed-forward size f:
-
-- the stream: d for each norm's input and d for each sub-layer's input (4 d; sandwich 6 d; parallel 3 d);
-- attention: q and k (h + g) head_dim, v g v_head_dim, the output projection's input h v_head_dim; and `plain` the
-  probabilities h T, or `fused` the kernel's output h v_head_dim and one float32 statistic per head;
-- feed-forward: the activation's input and output, the other factor, and the product that `down` reads (4 f gated, 2 f not).
-
-Agreement with torch's saved tensors on a CPU: to the byte for every kind of layer; up to 4 % for the rarest combinations
-(views shared between branches, block shuffles that need no copy). Too low where the fused kernel gets a `v_head_dim` other
-than `head_dim`, and so keeps probabilities after all.
-
-Not counted: temporary buffers inside an operation, the allocator's rounding, and what `torch.autocast` adds (16-bit copies of
-the weights and of each linear's input, a residual stream that stays float32): activations then take about 1.4 times as much
-(measured on a CPU, 4 layers of width 128). `activation_bytes=2` is a model wholly in 16 bits.
+Under bfloat16 autocast weights, gradients and optimizer stay float32, and every matrix has a bfloat16 copy from its first use
+to the end of the backward pass. Not counted: temporary buffers inside an operation, and the allocator's rounding.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, Literal
 
-from scantling.rows import Layered, Number, half, rows, smaller
+from scantling.errors import InputError
+from scantling.guidance import guide_params
+from scantling.kept import (
+    STATISTIC_BYTES,
+    Attention,
+    Batch,
+    Kept,
+    Kernel,
+    Logits,
+    bytes_of,
+    checkpointed,
+    kept_rows,
+    repeated,
+)
+from scantling.recipe import SGD, TrainConfig
+from scantling.rows import Layered, Number, attention_weights, ffn_weights, half, rows, smaller
+from scantling.spec import ModelSpec
+from scantling.units import format_bytes
 
-Kernel = Literal["fused", "plain"]
+OptimizerKind = Literal["adamw", "muon", "sgd", "momentum"]
 
-STATISTIC_BYTES = 4  # means, deviations, log-sum-exps and log-probabilities are float32 whatever the activations are
-INDEX_BYTES = 8  # token ids, labels, expert choices: int64
+COPY_BYTES = 2  # of autocast's bfloat16 weights
 OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0, "momentum": 4, "muon": 4}  # float32 moments per parameter
+MARGIN = 0.1  # of the free memory, left to others
+# What allocators make of tensors that come and go. glibc's: 1.29 to 1.87 measured as peak resident memory over prediction, both
+# without the state (widths 256 and 512, float32 and autocast; 0.92 to 0.98 with every tensor mapped on its own).
+FRAGMENTATION = {"cpu": 2.0, "cuda": 1.1}
+BLOCK_LENGTH, CHUNKED_VOCABULARY = 1024, 4096  # where the model changes kernels: model.attention, model.loss
+CHUNK_BYTES = 512 * 2**20  # gradients of logits that a chunked loss holds at a time
 
 CONVENTIONS = {
     "activations": "tensors kept for the backward pass, each storage once; no temporary buffers, no allocator rounding",
     "checkpointing": "each layer's input, and everything kept inside the largest layer while it is recomputed",
     "fused": "attention keeps q, k, v, its output and one float32 per head and token; a norm keeps its input and statistics",
-    "plain": "attention keeps its probabilities (heads x T per token); an RMSNorm keeps its normalised input as well",
+    "block": "attention keeps the probabilities of each block of queries (heads x about T / 2 per token)",
+    "plain": "an RMSNorm keeps its normalised input as well",
     "logits": "float32 log-probabilities of every position; the loss's own backward pass briefly holds two more (peak)",
-    "total": "weights + gradients + optimizer + activations + logits",
+    "chunked": "the head's gradients instead of logits; peak holds one part of the logits' gradient as well",
+    "total": "weights + gradients + optimizer + activations + logits (+ average and copies where there are any)",
     "peak": "total + the two gradients of logits size that the loss's backward pass holds",
 }
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that one component keeps for the backward pass; `layer` None for what lies outside the layers."""
-
-    layer: int | None
-    component: str
-    bytes: Number
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Memory:
         logits: the rows of component `loss`.
         peak: at the start of the backward pass, with gradients of earlier micro-batches in place.
         rows: kept bytes by layer and component.
+        average: a moving average of the weights.
+        copies: autocast's bfloat16 weights.
     """
 
     weights: Number
@@ -70,11 +71,13 @@ class Memory:
     logits: Number
     peak: Number
     rows: tuple[Kept, ...]
+    average: Number = 0
+    copies: Number = 0
 
     @property
     def state(self) -> Number:
-        """What does not depend on the batch."""
-        return self.weights + self.gradients + self.optimizer
+        """What does not depend on the batch and stays between steps."""
+        return self.weights + self.gradients + self.optimizer + self.average
 
     @property
     def kept(self) -> Number:
@@ -83,30 +86,7 @@ class Memory:
 
     @property
     def total(self) -> Number:
-        return self.state + self.kept
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What every formula needs to know of a micro-batch: T, tokens n = sequences x T, bytes of a value, the kernels."""
-
-    length: Number
-    tokens: Number
-    bytes: int
-    attention: Kernel
-    norm: Kernel
-
-    def values(self, per_token: Number) -> Number:
-        """Bytes of so many activation values per token."""
-        return per_token * self.tokens * self.bytes
-
-    def statistics(self, per_token: Number) -> Number:
-        """Bytes of so many float32 values per token."""
-        return per_token * self.tokens * STATISTIC_BYTES
-
-    def indices(self, per_token: Number) -> Number:
-        """Bytes of so many int64 values per token."""
-        return per_token * self.tokens * INDEX_BYTES
+        return self.state + self.copies + self.kept
 
 
 def training_memory(
@@ -115,43 +95,107 @@ def training_memory(
     micro_batch_sequences: Number = 1,
     weight_bytes: int = 4,
     gradient_bytes: int = 4,
-    optimizer_bytes: int = OPTIMIZER_BYTES["adamw"],
+    optimizer: OptimizerKind = "adamw",
     activation_bytes: int = 4,
     checkpointing: bool = False,
-    attention: Kernel = "fused",
+    attention: Attention = "fused",
     norm: Kernel = "fused",
+    autocast: bool = False,
+    logits: Logits = "kept",
+    average: bool = False,
+    guides: bool = False,
 ) -> Memory:
     """Bytes that training holds on one device.
 
     Args:
-        spec: a `ModelSpec`, or a `Stack` of arrays.
+        spec: a `ModelSpec`, or (without guides and Muon) a `Stack` of arrays.
         sequence_length: T, tokens of a sequence.
         micro_batch_sequences: sequences of one forward and backward pass.
         weight_bytes, gradient_bytes: of one parameter and its gradient.
-        optimizer_bytes: state of one parameter, see `OPTIMIZER_BYTES` (Muon: of its matrices; tables and norms use AdamW).
-        activation_bytes: of one kept value; 4 for float32, 2 for a model wholly in 16 bits.
+        optimizer: `sgd` is without momentum; `muon` uses AdamW for all but the layers' 2-D matrices.
+        activation_bytes: of one kept value; 4 for float32, 2 for a model wholly in 16 bits. Autocast decides for itself.
         checkpointing: keep only layer inputs and recompute a layer at a time.
-        attention: `fused` (SDPA's flash kernels) or `plain` (what this project runs on a CPU up to T = 512). Soft-capped
-            scores are always plain.
-        norm: `fused` (CUDA) or `plain` (the CPU's RMSNorm, which keeps the normalised input); a LayerNorm is always fused.
+        attention: `fused` (SDPA's flash kernels) or `block` (`model.block_attention`, on a CPU). Soft-capped scores are plain
+            matrix products, kept whole.
+        norm: `fused`, or `plain` (torch's RMSNorm of 16-bit models on a CPU, which keeps the normalised input).
+        autocast: bfloat16 autocast over float32 weights, by the CPU's rules; CUDA's were not measured.
+        logits: `kept` for the backward pass, or `chunked` (`model.loss`): turned into gradients a few positions at a time.
+        average: a moving average of the weights beside them.
+        guides: the guided phase of self-guided training, every guide in use.
     """
-    batch = _Batch(sequence_length, micro_batch_sequences * sequence_length, activation_bytes, attention, norm)
+    batch = Batch(
+        length=sequence_length,
+        sequences=micro_batch_sequences,
+        tokens=micro_batch_sequences * sequence_length,
+        bytes=COPY_BYTES if autocast else activation_bytes,
+        stream=STATISTIC_BYTES if autocast else activation_bytes,
+        autocast=autocast,
+        attention=attention,
+        norm=norm,
+        logits=logits,
+        guides=guides,
+    )
     table = list(kept_rows(spec, batch))
     if checkpointing:
-        table = _checkpointed(spec, table, batch)
-    logits = _sum(row for row in table if row.component == "loss")
+        table = checkpointed(spec, table, batch)
     params = sum((row.params for row in rows(spec)), start=0)
+    extra = guide_params(spec) if guides and isinstance(spec, ModelSpec) else 0
     memory = Memory(
-        weights=params * weight_bytes,
-        gradients=params * gradient_bytes,
-        optimizer=params * optimizer_bytes,
-        activations=_sum(row for row in table if row.component != "loss"),
-        logits=logits,
+        weights=(params + extra) * weight_bytes,
+        gradients=(params + extra) * gradient_bytes,
+        optimizer=_optimizer(spec, params, extra, optimizer),
+        activations=bytes_of(row for row in table if row.component != "loss"),
+        logits=bytes_of(row for row in table if row.component == "loss"),
         peak=0,
         rows=tuple(table),
+        average=params * weight_bytes if average else 0,
+        copies=(matrix_params(spec) + extra) * COPY_BYTES if autocast else 0,
     )
-    workspace = 2 * batch.statistics(spec.vocab_size)
+    one = batch.tokens * spec.vocab_size
+    if logits == "kept":
+        workspace = 2 * STATISTIC_BYTES * one
+    else:  # one part of the gradient, and its product with the inputs
+        workspace = smaller(batch.bytes * one, CHUNK_BYTES) + batch.bytes * spec.vocab_size * spec.unembedding_size
     return Memory(**{**vars(memory), "peak": memory.total + workspace})
+
+
+def matrix_params(spec: Layered) -> Number:
+    """Parameters that matrix products read, every expert's included; a tied table counts as the head."""
+    active = half(sum((row.matmul_flops for row in rows(spec)), start=0))
+    idle = 0
+    for layer in spec.layers:
+        if layer.ffn.kind == "moe":
+            one = ffn_weights(layer.ffn.expert, layer.hidden_size, layer.ffn_output_size)
+            idle += (layer.ffn.num_local_experts - layer.ffn.num_experts_per_tok) * one
+    return active + idle
+
+
+def _optimizer(spec: Layered, params: Number, guides: Number, kind: OptimizerKind) -> Number:
+    """Bytes of the moments. Muon holds one per 2-D matrix of the layers, guides included, and AdamW's two of the rest."""
+    if kind != "muon":
+        return (params + guides) * OPTIMIZER_BYTES[kind]
+    matrices = guides + sum(_flat_matrices(layer) * repeated(layer) for layer in spec.layers)
+    return matrices * OPTIMIZER_BYTES["muon"] + (params + guides - matrices) * OPTIMIZER_BYTES["adamw"]
+
+
+def _flat_matrices(layer: Any) -> Number:
+    """Entries of one layer's 2-D matrices: block-diagonal factors are 3-D."""
+    width = layer.hidden_size
+    out = width if layer.ffn_output_size is None else layer.ffn_output_size
+
+    def flat(ffn: Any) -> Number:
+        blocked = 0
+        if ffn.kind == "block_shuffle":
+            return 0
+        if ffn.kind == "block_dense":
+            blocked = ffn.rank * (width + ffn.intermediate_size) // ffn.num_blocks
+        return ffn_weights(ffn, width, out) - blocked
+
+    ffn = layer.ffn
+    if ffn.kind != "moe":
+        return attention_weights(layer) + flat(ffn)
+    shared = flat(ffn.shared_expert) if ffn.shared_expert is not None else 0
+    return attention_weights(layer) + width * ffn.num_local_experts + shared + ffn.num_local_experts * flat(ffn.expert)
 
 
 def paper_training_values(spec: Layered, sequence_length: Number) -> Number:
@@ -161,222 +205,108 @@ def paper_training_values(spec: Layered, sequence_length: Number) -> Number:
     over the layers. One sequence; multiply by the bytes of a value.
     """
     n = half(sum((row.matmul_flops for row in rows(spec) if row.component != "head"), start=0))
-    channels = sum((layer.hidden_size * _repeat(layer) for layer in spec.layers), start=0)
+    channels = sum((layer.hidden_size * repeated(layer) for layer in spec.layers), start=0)
     return 4 * n + sequence_length * channels
 
 
-# --- kept tensors, by component ----------------------------------------------------------------------------------------
+# --- what fits -----------------------------------------------------------------------------------------------------------
 
 
-def kept_rows(spec: Layered, batch: _Batch) -> Iterable[Kept]:
-    """Everything kept, bottom to top: ids, maps and layers of every stack, final norm, head, loss."""
-    positions = batch.length * INDEX_BYTES if spec.learned_positions else 0
-    yield Kept(None, "embedding", batch.indices(1) + positions)
-    yield Kept(None, "rotary", _rotary_tables(spec, batch))
-    if spec.branches is not None:
-        yield Kept(None, "branches", _branches(spec, batch))
-    for index, layer in enumerate(spec.layers):
-        yield from layer_kept(layer, index, batch)
-    if spec.transition is not None:
-        yield from _transitions(spec, batch)
-    if spec.final_norm is not None:
-        yield Kept(None, "norm", batch.values(spec.norm_width) + _norm(spec.final_norm, spec.norm_width, batch))
-    capped = spec.vocab_size if getattr(spec, "final_logit_softcapping", None) is not None else 0
-    yield Kept(None, "head", batch.values(spec.unembedding_size + capped))  # its input; tanh's output
-    yield Kept(None, "loss", batch.statistics(spec.vocab_size) + batch.indices(1))  # log-probabilities and labels
+def memory_settings(
+    vocab_size: int, train: TrainConfig, precision: str, device: str, guides: bool = False
+) -> dict[str, Any]:
+    """The keyword arguments of `training_memory` and `fit_micro_batch` for a run.
+
+    Args:
+        vocab_size: decides whether the loss is `chunked`.
+        train: the recipe.
+        precision: `float32` or `bfloat16` (autocast), as decided.
+        device: `cpu` or `cuda`, whose attention kernel is assumed; a caller that has measured otherwise says so.
+        guides: during the guided phase.
+    """
+    optimizer: OptimizerKind = train.optimizer.kind
+    if isinstance(train.optimizer, SGD) and train.optimizer.momentum:
+        optimizer = "momentum"
+    return {
+        "attention": "block" if device == "cpu" and train.sequence_length <= BLOCK_LENGTH else "fused",
+        "logits": "chunked" if vocab_size >= CHUNKED_VOCABULARY else "kept",
+        "optimizer": optimizer,
+        "checkpointing": train.parallel.activation_checkpointing,
+        "autocast": precision == "bfloat16",
+        "average": train.average_decay is not None,
+        "guides": guides,
+    }
 
 
-def layer_kept(layer: Any, index: int | None, batch: _Batch) -> list[Kept]:
-    """Kept bytes of one layer: `stream` (inputs of norms and sub-layers), `attention`, `ffn`, `norm` (their statistics)."""
-    parallel = getattr(layer, "use_parallel_residual", False)
-    norms = 4 if layer.norm_placement == "sandwich" else 2
-    streams = 3 if parallel else norms + 2
-    written = layer.hidden_size if layer.ffn_output_size is None else layer.ffn_output_size
+def fit_micro_batch(
+    spec: ModelSpec,
+    sequence_length: int,
+    sequences: int,
+    available_bytes: int,
+    shards: int = 1,
+    device: Literal["cpu", "cuda"] = "cpu",
+    **settings: Any,
+) -> int:
+    """How many sequences one forward and backward pass can hold, before the first step is tried.
+
+    The step is split into as few parts as fit; into equal ones where that takes less than twice as many.
+
+    Args:
+        spec: the model.
+        sequence_length: tokens of a sequence.
+        sequences: of one step on this device.
+        available_bytes: free before model and optimizer are made; a tenth of it is left to others.
+        shards: processes that share weights, gradients, optimizer and average (fsdp).
+        device: whose allocator; see `FRAGMENTATION`.
+        settings: of `training_memory`; see `memory_settings`.
+
+    Raises:
+        InputError: not even one sequence fits; says what it needs and what would help.
+    """
+    usable = int(available_bytes * (1 - MARGIN))
+
+    def need(count: int, length: int = sequence_length, over: int = shards, exact: bool = False, **changes: Any) -> int:
+        memory = training_memory(spec, length, count, **{**settings, **changes})
+        return int((memory.peak - memory.state) * (1 if exact else FRAGMENTATION[device])) + int(memory.state // over)
+
+    if need(1) > usable:
+        memory = training_memory(spec, sequence_length, 1, **settings)
+        raise InputError(_too_large(memory, need, usable, shards, sequence_length, settings))
+    fits, limit = 1, sequences + 1
+    while limit - fits > 1:
+        middle = (fits + limit) // 2
+        fits, limit = (middle, limit) if need(middle) <= usable else (fits, middle)
+    fewest = -(-sequences // fits)
+    for parts in range(fewest, 2 * fewest):
+        if sequences % parts == 0:
+            return sequences // parts
+    return -(-sequences // fewest)
+
+
+def _too_large(
+    memory: Memory, need: Callable[..., int], usable: int, shards: int, length: int, settings: dict[str, Any]
+) -> str:
+    """One sentence: what one sequence needs, part by part, what there is, and every single change that would make it fit."""
     parts = {
-        "stream": batch.values(streams * layer.hidden_size),
-        "attention": _attention(layer, batch),
-        "ffn": _ffn(layer.ffn, layer.hidden_size, written, batch),
-        "norm": norms * _norm(layer.norm, layer.hidden_size, batch),
-    }
-    return [Kept(index, name, size * _repeat(layer)) for name, size in parts.items()]
-
-
-def _norm(norm: Any, width: Number, batch: _Batch, groups: Number = 1) -> Number:
-    """Statistics (RMSNorm 1, LayerNorm 2 per normalised vector) and, where not fused, RMSNorm's normalised input.
-
-    The plain RMSNorm works in float32: of 16-bit activations it keeps its input, too, as float32.
-    """
-    if norm.kind == "layer_norm":
-        return batch.statistics(2 * groups)
-    if batch.norm == "fused":
-        return batch.statistics(groups)
-    return batch.statistics((1 + 2 * width) * groups) - batch.values(width * groups)
-
-
-def _attention(layer: Any, batch: _Batch) -> Number:
-    """Scaled q, rotated k, v, the output projection's input; then what the kernel keeps; then the q/k norm's inputs."""
-    heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-    out = heads * layer.v_head_dim
-    kept = batch.values((heads + kv_heads) * layer.head_dim + kv_heads * layer.v_head_dim + out)
-    softcapped = getattr(layer, "attn_logit_softcapping", None) is not None
-    if batch.attention == "plain" or softcapped:
-        # softmax's output; tanh's output where scores are capped
-        kept = kept + batch.values(heads * batch.length * (2 if softcapped else 1))
-    else:
-        rotated = getattr(getattr(layer, "position", None), "kind", "rope") == "rope"
-        # The kernel lays its output out as it got q: head-major after rotation, so the output projection reads a copy.
-        kept = kept + batch.values(out if rotated else 0) + batch.statistics(heads)
-        if layer.sliding_window is not None:  # a T x T additive mask, needed where the window is shorter than T
-            shorter = smaller(batch.length, layer.sliding_window) < batch.length
-            kept = kept + batch.length * batch.length * batch.bytes * shorter
-    if layer.qk_norm is None:
-        return kept
-    over_all = layer.qk_norm.over == "all"
-    kept = kept + batch.values((heads + kv_heads) * layer.head_dim)
-    for count in (heads, kv_heads):
-        width, groups = (count * layer.head_dim, 1) if over_all else (layer.head_dim, count)
-        kept = kept + _norm(_RMS, width, batch, groups)
-    return kept
-
-
-@dataclass(frozen=True)
-class _RMSKind:
-    kind: str = "rms_norm"
-
-
-_RMS = _RMSKind()
-
-
-def _ffn(ffn: Any, width: Number, width_out: Number, batch: _Batch) -> Number:
-    """Everything inside a feed-forward but its input, which the stream counts."""
-    if ffn.kind != "moe":
-        return batch.values(ffn_values(ffn, width, width_out))
-    chosen, experts = ffn.num_experts_per_tok, ffn.num_local_experts
-    # Per choice: the gathered input, the expert's inside, its output before and after weighting, and two scalars.
-    values = chosen * (width + ffn_values(ffn.expert, width, width_out) + 2 * width_out + 2)
-    # The router: logits, and their probabilities and log-sum-exp for the auxiliary loss (float32).
-    values = values + experts
-    if ffn.router_softmax == "before":
-        values = values + experts + (1 if ffn.norm_topk_prob else -chosen)
-    if ffn.shared_expert is not None:
-        values = values + ffn_values(ffn.shared_expert, width, width_out)
-    shares = (2 * experts + 1) * STATISTIC_BYTES  # of the balance loss, once per layer
-    return batch.values(values) + batch.statistics(experts + 1) + batch.indices(4 * chosen) + shares
-
-
-def ffn_values(ffn: Any, width: Number, width_out: Number) -> Number:
-    """Values per token kept inside one feed-forward of any structure.
-
-    Gated: gate and up, act(gate), the product: 4 f. Not gated: act's input and output: 2 f. ReLU keeps its output only, so
-    one f less where its input is a tensor of its own. Structured maps: the vector between their factors as well.
-    """
-    inner = ffn.intermediate_size
-    relu = getattr(ffn, "hidden_act", None) == "relu"
-    own_input = ffn.kind == "dense" or not ffn.gated
-    body = inner * ((4 if ffn.gated else 2) - (1 if relu and own_input else 0))
-    into = inner * (2 if ffn.gated else 1)
-    match ffn.kind:
-        case "dense":
-            return body
-        case "low_rank" | "block_dense":
-            return body + 2 * ffn.rank
-        case "block_shuffle":
-            return body + smaller(width, into) + smaller(inner, width_out)
-    raise AssertionError(f"no kept values for ffn kind {ffn.kind!r}")
-
-
-def _rotary_tables(spec: Layered, batch: _Batch) -> Number:
-    """cos and sin, T x rotated/2 each, once per distinct position kind and head size."""
-    tables = {
-        (layer.position, layer.head_dim): layer.position.rotated(layer.head_dim)
-        for layer in spec.layers
-        if getattr(layer, "position", None) is not None and layer.position.kind == "rope"
-    }
-    return sum(tables.values()) * batch.length * batch.bytes
-
-
-def _branches(spec: Any, batch: _Batch) -> Number:
-    """The embedding that entry maps read, and each stack's output under its mixing weight; a shared entry once."""
-    count, embedding = spec.branches.count, spec.embedding_size
-    first, last = spec.stacks[0][0].hidden_size, spec.stacks[0][-1].hidden_size
-    entry = embedding if spec.branches.entry == "projection" else 0
-    if spec.branches.entry == "shared" and (first <= embedding or spec.transition.kind in _KEEP_INPUT):
-        entry = -(count - 1) * embedding  # every stack's rows count it; it is one tensor
-    shares = count * batch.bytes if spec.branches.mixing == "softmax" else 0
-    compressed = spec.transition is not None and spec.transition.kind == "compress"
-    carried = 0 if compressed else max(0, spec.unembedding_size - last)  # into a wider head, mixed like the outputs
-    return batch.values(entry + count * (last + carried)) + shares
-
-
-_KEEP_INPUT = ("linear", "linear_diff", "transposed_conv", "conv_diff", "gaussian", "compress")
-
-
-def _transitions(spec: Any, batch: _Batch) -> list[Kept]:
-    found, widths = [], spec.stream_widths
-    depth = len(widths) - 2
-    for stack in range(len(spec.stacks)):
-        for at in range(depth):
-            found.append(
-                Kept(stack * depth + at, "transition", _transition(spec.transition, widths[at], widths[at + 1], batch))
-            )
-    found.append(Kept(None, "transition", _transition(spec.transition, widths[-2], widths[-1], batch)))
-    return [row for row in found if row.bytes]
-
-
-def _transition(transition: Any, have: int, width: int, batch: _Batch) -> Number:
-    """What a change of width keeps beside the next layer's input.
-
-    Narrowing is a view, so the whole wider vector stays. Learned maps keep their input; `gated` its gate, the
-    gate's complement and the map's output (its input is part of a kept vector); `gaussian` also noise and its spread.
-    """
-    new = width - have
-    if new == 0:
-        return 0
-    if transition.kind == "compress":
-        return batch.values(have)
-    if new < 0:
-        return batch.values(-new)
-    kept = batch.values(have if transition.kind in _KEEP_INPUT else 0)
-    match transition.kind:
-        case "gated":
-            return kept + batch.values(3 * new)
-        case "gaussian":
-            return kept + batch.values(new + 1)
-        case "linear":
-            return kept + _sinkhorn(transition.sinkhorn_iters, width, have, batch)
-        case "linear_diff":
-            return kept + _sinkhorn(transition.sinkhorn_iters, new, have, batch)
-    return kept
-
-
-def _sinkhorn(iterations: int, out: int, into: int, batch: _Batch) -> Number:
-    """Both quotients' numerators and the sums of every iteration, and the balanced matrix."""
-    return ((2 * iterations + 1) * out * into + iterations * (out + into)) * batch.bytes if iterations else 0
-
-
-# --- checkpointing -----------------------------------------------------------------------------------------------------
-
-
-def _checkpointed(spec: Layered, table: list[Kept], batch: _Batch) -> list[Kept]:
-    """Layer inputs, what lies outside the layers, and the rest of the largest layer while it is recomputed."""
-    outside = [row for row in table if row.layer is None or row.component == "transition"]
-    inputs, inside = [], []
-    for index, layer in enumerate(spec.layers):
-        own = batch.values(layer.hidden_size)
-        inputs.append(Kept(index, "input", own * _repeat(layer)))
-        whole = _sum(row for row in table if row.layer == index and row.component != "transition")
-        inside.append(_one(whole, _repeat(layer)) - own)
-    largest = reduce(lambda a, b: a + b - smaller(a, b), inside)
-    return [*outside, *inputs, Kept(None, "recompute", largest)]
-
-
-def _one(whole: Number, repeat: Number) -> Number:
-    return whole if isinstance(repeat, int) and repeat == 1 else whole // repeat
-
-
-def _repeat(layer: Any) -> Number:
-    return getattr(layer, "repeat", 1)
-
-
-def _sum(table: Iterable[Kept]) -> Number:
-    return sum((row.bytes for row in table), start=0)
+        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
+        "average": memory.average, "bfloat16 copies": memory.copies, "activations": memory.activations,
+        "logits": memory.logits + memory.peak - memory.total, "lost to the allocator": need(1) - need(1, exact=True),
+    }  # fmt: skip
+    said = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    helps = []
+    shorter = length // 2
+    while shorter and need(1, shorter) > usable:
+        shorter //= 2
+    if shorter:
+        helps.append(f"sequence_length: {shorter}")
+    if not settings.get("checkpointing") and need(1, checkpointing=True) <= usable:
+        helps.append("parallel.activation_checkpointing: true")
+    more = next((k for k in (2 * shards, 4 * shards, 8 * shards, 64 * shards) if need(1, over=k) <= usable), None)
+    if more:
+        helps.append(f"parallel.kind: fsdp over {more} processes")
+    change = " or ".join(helps) if helps else "a smaller model, or a device with more memory"
+    held = f" (state shared by {shards})" if shards > 1 else ""
+    return (
+        f"one sequence of {length} tokens needs {format_bytes(need(1))} to train{held}: {said}; "
+        f"{format_bytes(usable)} are usable here; use {change}"
+    )

@@ -242,28 +242,86 @@ def law_json(law: LawFit) -> dict[str, Any]:
 def law(law: LawFit, name: str = "law") -> None:
     """Parameters with intervals, what supports them, and what weakens them."""
     intervals = law.intervals()
-    table = _table(f"{name}: L(N, D) = E + A N^-alpha + B D^-beta", "parameter", "value", "95 % interval")
+    columns = ["parameter", "value", "95 % interval"]
+    columns += ["95 % profile"] if law.profiles else []
+    columns += ["without any one run"] if law.left_out else []
+    table = _table(f"{name}: {law.predicts} = {law.formula.text}", *columns)
     for key, value in law.params.items():
         interval = intervals[key]
-        shown = "held" if key in law.fixed else "-" if interval is None else f"{interval[0]:.5g} to {interval[1]:.5g}"
-        table.add_row(key, f"{value:.6g}", shown)
+        held = "held" if key in law.fixed else f"= {law.ties[key]}" if key in law.ties else ""
+        cells = [held or ("-" if interval is None else _ends(*interval))]
+        cells += [_ends(*law.profiles[key]) if key in law.profiles else ""] if law.profiles else []
+        cells += [_ends(*law.left_out[key]) if key in law.left_out and not held else ""] if law.left_out else []
+        table.add_row(key, f"{value:.6g}", *cells)
     console.print(table)
-    facts = [f"{law.n} rows"] if law.n else []
+    facts = [f"{law.n} rows" + (f" of {law.n_runs} runs" if law.n_runs != law.n else "")] if law.n else []
     if law.objective_value is not None:
         facts.append(f"objective ({law.objective}) {law.objective_value:.9g}")
     if law.residual_sd is not None:
         facts.append(f"residual sd {law.residual_sd:.2%}")
     if law.certificate is not None:
-        facts.append(f"{law.certificate.agreeing} of {law.certificate.starts} starts reach this minimum")
+        found = law.certificate
+        facts.append(
+            f"{found.agreeing} of {found.starts} starts reach this minimum, relative gradient {found.gradient:.0e}"
+        )
+        if len(found.basins) > 1:
+            facts.append(
+                f"{len(found.basins)} minima, the next {found.basins[1][0] / found.basins[0][0] - 1:.2%} higher"
+            )
     console.print("; ".join(facts) or law.source)
     console.print(f"intervals: {law.bootstrap}")
     for item in law.holdouts:
+        ratio = "" if item.compute_ratio is None else f", {item.compute_ratio:.2g} x the fit's compute"
         console.print(
             f"held out the {item.rule}: mean error {item.are:.2%}, bias {item.bias:+.2%} "
-            f"({item.n_held} rows, {item.compute_ratio:.2g} x the fit's compute; last-loss baseline {item.baseline_are:.2%})"
+            f"({item.n_held} rows{ratio}; last-loss baseline {item.baseline_are:.2%})"
         )
+    if law.extrapolation:
+        _extrapolation_table(law)
+    if law.sensitivity:
+        _sensitivity_table(law)
     for warning in law.warnings:
         console.print(f"warning: {warning}")
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return f"{'no limit' if low is None else f'{low:.5g}'} to {'no limit' if high is None else f'{high:.5g}'}"
+
+
+def _extrapolation_table(law: LawFit) -> None:
+    table = _table(
+        "fitted to the cheap rows, predicting the dear ones",
+        *("held out", "rows", "mean error", "bias", "of the reducible loss", "equal exponents", "lowest loss so far"),
+    )
+    for item in law.extrapolation:
+        table.add_row(
+            item.rule, f"{item.n_held}", f"{item.are:.2%}", f"{item.bias:+.2%}", _share(item.reducible_are),
+            _share(item.tied_are), f"{item.baseline_are:.2%}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _sensitivity_table(law: LawFit) -> None:
+    names = [key for key in law.params if key not in law.fixed and "[" not in key][:6]
+    ahead = any(item.ahead is not None for item in law.sensitivity)
+    best = any(item.optimum is not None for item in law.sensitivity)
+    columns = ["fitted otherwise", "rows", *names]
+    columns += ["at 10 x the compute"] if ahead else []
+    columns += ["optimal D/N"] if best else []
+    table = _table("sensitivity", *columns)
+    for item in law.sensitivity:
+        if item.refused is not None:
+            table.add_row(item.change, f"{item.n}", "refused", *[""] * (len(columns) - 3))
+            continue
+        cells = [f"{item.params[key]:.4g}" for key in names]
+        cells += ["-" if item.ahead is None else f"{item.ahead:.4f}"] if ahead else []
+        cells += ["-" if item.optimum is None else f"{item.optimum:.3g}"] if best else []
+        table.add_row(item.change, f"{item.n}", *cells)
+    console.print(table)
 
 
 def comparison(found: Comparison) -> None:
@@ -290,6 +348,17 @@ def prediction_json(law: LawFit, params: float, tokens: float, level: float) -> 
     }  # fmt: skip
 
 
+def value_json(law: LawFit, columns: dict[str, float], groups: dict[str, str], level: float) -> dict[str, Any]:
+    """The law at values of its own columns, with interval."""
+    found = law.predict_at(columns, groups, level)
+    low = None if found.low is None else float(found.low)
+    high = None if found.high is None else float(found.high)
+    return {
+        "value": float(found.value), "low": low, "high": high, "level": level, "at": columns | groups,
+        "predicts": law.predicts, "conventions": dict(law.conventions), "notes": list(found.notes), "source": law.source,
+    }  # fmt: skip
+
+
 def optimum_json(law: LawFit, compute: float, level: float) -> dict[str, Any]:
     """The compute-optimal split with intervals."""
     found = law.optimum(compute, level)
@@ -308,7 +377,11 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
         if answer["low"] is None
         else f" ({answer['level']:.0%} interval {answer['low']:.4f} to {answer['high']:.4f})"
     )
-    console.print(f"{name}: loss {answer['value']:.4f} nats/token{interval}")
+    if answer.get("predicts", "loss") != "loss":
+        ends = "" if answer["low"] is None else f" ({format_count(answer['low'])} to {format_count(answer['high'])})"
+        console.print(f"{name}: {answer['predicts']} {format_count(answer['value'], 4)}{ends}")
+    else:
+        console.print(f"{name}: loss {answer['value']:.4f} nats/token{interval}")
     if "optimal_params" in answer:
         for label, key in (
             ("parameters", "optimal_params"),
@@ -371,3 +444,20 @@ def plan(found: Plan) -> None:
         console.print(f"note: {note}")
     if best.yaml is not None:
         console.print(f"\n# the best shape, hash {best.hash}\n{best.yaml}", end="")
+
+
+# --- coordinate check ----------------------------------------------------------------------------------------------------
+
+
+def coordinates(found: dict[str, Any]) -> None:
+    """The steepest layers of a coordinate check (`CoordinateCheck.to_json`), the verdict and what is missing."""
+    steps, widths = found["steps"], list(found["widths"].values())
+    columns = ("before training", f"after {steps} steps", f"grows from width^{found['threshold']:g}")
+    table = _table(f"mean |activation| as a power of width, {widths[0]} to {widths[-1]}", "", *columns)
+    for item in found["steepest"]:
+        power = f"width^{item['start']:.2f}", f"width^{item['end']:.2f}"
+        table.add_row(item["name"], *power, "grows" if item["end"] >= found["threshold"] else "")
+    console.print(table)
+    console.print(found["verdict"])
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}")

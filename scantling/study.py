@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scantling.config import RunConfig, StudyConfig, run_from
-from scantling.costing import param_counts, train_flops
+from scantling.costing import param_counts
 from scantling.errors import InputError, RunError
 from scantling.files import write_json, write_text
 from scantling.record import FILE, find_records, read_record, to_frame
@@ -62,7 +62,7 @@ def cells(study: StudyConfig) -> list[RunConfig]:
                         faults += error.faults
     if faults:
         raise InputError(*dict.fromkeys(faults))
-    return sorted(found, key=training_flops)
+    return sorted(found, key=lambda run: run.train_flops)
 
 
 def _train_keys(study: StudyConfig, size: dict[str, Any], tokens: float, seed: int) -> dict[str, Any]:
@@ -75,11 +75,6 @@ def _train_keys(study: StudyConfig, size: dict[str, Any], tokens: float, seed: i
     return train
 
 
-def training_flops(run: RunConfig) -> float:
-    """FLOPs the run performs: 3 x forward with full attention."""
-    return train_flops(run.spec, run.train.sequence_length, run.train.steps * run.train.batch_tokens)
-
-
 def dry_run(study: StudyConfig, folder: Path) -> pd.DataFrame:
     """What the study would run: one row per cell with parameters, tokens, FLOPs, learning rate, minutes, state.
 
@@ -90,14 +85,14 @@ def dry_run(study: StudyConfig, folder: Path) -> pd.DataFrame:
     table = []
     for cell in planned:
         counts = param_counts(rows(cell.spec))
-        flops = training_flops(cell)
+        flops = cell.train_flops
         table.append(
             {
                 "run": cell.name,
                 **cell.labels,
                 "params": counts["total"],
                 "non_embedding": counts["non_embedding"],
-                "tokens": cell.train.steps * cell.train.batch_tokens,
+                "tokens": cell.tokens,
                 "flops": flops,
                 "learning_rate": cell.train.optimizer.learning_rate,
                 "minutes": (flops / rate + STARTUP_SECONDS) / 60,
@@ -154,9 +149,9 @@ def run_study(study: StudyConfig, folder: Path, report: Callable[[str], None]) -
     cores = len(os.sched_getaffinity(0))
     workers = min(study.workers or cores, max(1, len(waiting)))
     # the dearest first, so that no core idles beside the last long run
-    waiting.sort(key=lambda cell: -training_flops(cell))
-    total = sum(training_flops(cell) for cell in planned)
-    finished = total - sum(training_flops(cell) for cell in waiting)
+    waiting.sort(key=lambda cell: -cell.train_flops)
+    total = sum(cell.train_flops for cell in planned)
+    finished = total - sum(cell.train_flops for cell in waiting)
     running: list[tuple[RunConfig, subprocess.Popen[bytes], Path]] = []
     started = time.monotonic()
     try:
@@ -169,7 +164,7 @@ def run_study(study: StudyConfig, folder: Path, report: Callable[[str], None]) -
                 for item in [item for item in running if item[1].poll() is not None]:
                     running.remove(item)
                     cell, process, log = item
-                    finished += training_flops(cell)
+                    finished += cell.train_flops
                     note = _conclude(cell, process.returncode, folder, log)
                     report(f"[{100 * finished / total:3.0f} % · {time.monotonic() - started:4.0f} s] {note}")
     except KeyboardInterrupt:

@@ -101,3 +101,20 @@ def _scaled(value: float, base: float, suffixes: tuple[str, ...], digits: int) -
     if float(scaled).is_integer() and abs(scaled) < base:
         text = f"{scaled:.0f}"
     return text + suffixes[step]
+
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+def parse_duration(text: str, where: str) -> float:
+    """Seconds of `2h30m`, `45m`, `90s` or `90`.
+
+    Raises:
+        InputError: not such a text, or nothing.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    parts = [float(part or 0) for part in match.groups()] if match else [0.0]
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if seconds <= 0:
+        raise InputError(f"{where}: expected a duration such as 90s, 45m or 2h30m, got {text!r}")
+    return seconds

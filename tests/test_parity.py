@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scantling.config import TrainConfig
+from scantling.recipe import TrainConfig
 from scantling.model.ffn import BlockDenseLinear, BlockShuffleLinear, LowRankLinear
 from scantling.model.guided import GuidedLinear
 from scantling.optim import learning_rate_factor

@@ -58,7 +58,7 @@ def test_the_grid_is_matched(text: Path) -> None:
         assert {cell.labels["family"] for cell in pair} == {"uniform", "bowtie"}
         assert len({cell.train.tokens for cell in pair}) == 1
         assert len({cell.train.optimizer.learning_rate for cell in pair}) == 1
-    assert [studies.training_flops(cell) for cell in cells] == sorted(studies.training_flops(cell) for cell in cells)
+    assert [cell.train_flops for cell in cells] == sorted(cell.train_flops for cell in cells)
     assert len({cell.hash for cell in cells}) == len(cells)
 
 

@@ -7,7 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scantling.laws.cleaning import clean
     from scantling.laws.downstream import fit_downstream
+    from scantling.laws.evidence import (
+        Certificate,
+        Estimate,
+        HoldOut,
+        OptimumEstimate,
+        Prediction,
+        Residuals,
+        Sensitivity,
+    )
     from scantling.laws.fitting import fit
     from scantling.laws.forms import (
         Chinchilla,
@@ -17,24 +27,29 @@ if TYPE_CHECKING:
         from_overtraining,
         to_overtraining,
     )
-    from scantling.laws.lawfit import Certificate, Estimate, HoldOut, LawFit, OptimumEstimate, Prediction
+    from scantling.laws.lawfit import LawFit
     from scantling.laws.published import load_law, load_published, published_names
+    from scantling.laws.rule import extrapolate
     from scantling.laws.savings import Saving, SavingAt, saving
     from scantling.laws.tables import read_table
 
 _HOMES = {
-    "Certificate": "scantling.laws.lawfit",
+    "Certificate": "scantling.laws.evidence",
     "Chinchilla": "scantling.laws.forms",
     "Downstream": "scantling.laws.forms",
-    "Estimate": "scantling.laws.lawfit",
-    "HoldOut": "scantling.laws.lawfit",
+    "Estimate": "scantling.laws.evidence",
+    "HoldOut": "scantling.laws.evidence",
     "InferenceOptimum": "scantling.laws.forms",
     "LawFit": "scantling.laws.lawfit",
     "Optimum": "scantling.laws.forms",
-    "OptimumEstimate": "scantling.laws.lawfit",
-    "Prediction": "scantling.laws.lawfit",
+    "OptimumEstimate": "scantling.laws.evidence",
+    "Prediction": "scantling.laws.evidence",
+    "Residuals": "scantling.laws.evidence",
     "Saving": "scantling.laws.savings",
     "SavingAt": "scantling.laws.savings",
+    "Sensitivity": "scantling.laws.evidence",
+    "clean": "scantling.laws.cleaning",
+    "extrapolate": "scantling.laws.rule",
     "fit": "scantling.laws.fitting",
     "fit_downstream": "scantling.laws.downstream",
     "from_overtraining": "scantling.laws.forms",
@@ -56,8 +71,12 @@ __all__ = [
     "Optimum",
     "OptimumEstimate",
     "Prediction",
+    "Residuals",
     "Saving",
     "SavingAt",
+    "Sensitivity",
+    "clean",
+    "extrapolate",
     "fit",
     "fit_downstream",
     "from_overtraining",

@@ -21,6 +21,11 @@ def enough_runs(runs: int, free: int) -> bool:
 def case_counts(runs: Codes, resamples: int, rng: np.random.Generator) -> Floats:
     """(R, n) how often each row appears when the runs are drawn with replacement, checkpoints following their run."""
     number = int(runs.max()) + 1
+    if number > 5000:  # drawing the runs one by one and counting them is quicker than a multinomial over so many
+        counts = np.empty((resamples, number))
+        for i in range(resamples):
+            counts[i] = np.bincount(rng.integers(0, number, number), minlength=number)
+        return counts if len(runs) == number and (np.diff(runs) == 1).all() else counts[:, runs]
     drawn = rng.multinomial(number, np.full(number, 1 / number), size=resamples)
     return np.asarray(drawn[:, runs], dtype=np.float64)
 
@@ -50,11 +55,17 @@ def noisy_losses(
     """
     n, number = len(residuals), int(runs.max()) + 1
     rho = run_correlation(residuals, runs)
-    freedom = max(1.0, n / (1 + (n / number - 1) * rho) - free)
+    freedom = max(1.0, independent_rows(residuals, runs) - free)
     sd = residual_sd(residuals, free) * np.sqrt(freedom / rng.chisquare(freedom, size=(resamples, 1)))
     shared = rng.standard_normal((resamples, number))[:, runs]
     own = rng.standard_normal((resamples, n))
     return np.asarray(prediction * np.exp(sd * (np.sqrt(rho) * shared + np.sqrt(1 - rho) * own)), dtype=np.float64)
+
+
+def independent_rows(residuals: Floats, runs: Codes) -> float:
+    """n_eff = n / (1 + (n per run - 1) rho): what the rows are worth when checkpoints of one run agree (2404.10102)."""
+    n = len(residuals)
+    return float(n / (1 + (n / (int(runs.max()) + 1) - 1) * run_correlation(residuals, runs)))
 
 
 def residual_sd(residuals: Floats, free: int) -> float:

@@ -3,99 +3,31 @@
 Fits and published laws are the same kind of object: a published one lacks what its source does not give.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from scantling.errors import InputError, suggest
-from scantling.laws.forms import Chinchilla, Downstream, Floats, as_floats, chinchilla_loss, compute_optimum
+from scantling.laws.evidence import (
+    Certificate,
+    Estimate,
+    HoldOut,
+    OptimumEstimate,
+    Prediction,
+    Residuals,
+    Sensitivity,
+)
+from scantling.laws.forms import Chinchilla, Downstream, Floats, as_floats, compute_optimum, from_overtraining
+from scantling.laws.formula import Formula, base_of, parse_law
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "scantling.law/1"
-PARAMETERS = {"chinchilla": ("A", "B", "E", "alpha", "beta")}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its interval; None where the law has no joint uncertainty."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted losses with the interval of the law itself: a single run scatters around it by the residual sd.
-
-    Attributes:
-        value: nats per token, shaped like the broadcast of N and D.
-        low: lower end, or None when the law has no joint uncertainty.
-        high: upper end, or None.
-        notes: how far any point lies outside the fitted range, and why an interval is missing.
-    """
-
-    value: Floats
-    low: Floats | None
-    high: Floats | None
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class OptimumEstimate:
-    """The compute-optimal split of C = 6 N D with intervals from the draws (not from marginal intervals)."""
-
-    C: float
-    N: Estimate
-    D: Estimate
-    M: Estimate
-    loss: Estimate
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class HoldOut:
-    """A fit on the cheap part of the rows, judged on the dear part it did not see.
-
-    Attributes:
-        rule: what was held out.
-        n_fit: rows fitted.
-        n_held: rows held out.
-        are: mean |L - prediction| / L.
-        bias: mean (prediction - L) / L; negative means too optimistic.
-        baseline_are: the same error for the prediction "the lowest loss among the fitted rows".
-        compute_ratio: largest 6 N D held out over the sum of 6 N D fitted.
-    """
-
-    rule: str
-    n_fit: int
-    n_held: int
-    are: float
-    bias: float
-    baseline_are: float
-    compute_ratio: float
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Evidence that the minimum is one.
-
-    Attributes:
-        gradient: largest component of the gradient over the sum of the absolute contributions that cancel in it.
-        starts: spread-out starts refined.
-        agreeing: starts that reached the best objective within 1e-7 relative.
-        condition: condition number of the Jacobian in centred log parameters, columns scaled to unit length.
-    """
-
-    gradient: float
-    starts: int
-    agreeing: int
-    condition: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +35,7 @@ class LawFit:
     """A law with what is known about it.
 
     Attributes:
-        law: name of the form; "chinchilla" is L(N, D) = E + A N^-alpha + B D^-beta.
+        law: name of the form, or its equation; "chinchilla" is L(N, D) = E + A N^-alpha + B D^-beta.
         params: the point estimate.
         source: where the law comes from: the table's columns, or a citation.
         conventions: how N, D, C and loss are counted, in words.
@@ -124,6 +56,17 @@ class LawFit:
         downstream: laws from loss to task error that belong to this law, by name.
         fingerprint: SHA-256 of the rows used, independent of their order.
         warnings: what a reader must know before using the law.
+        groups: the values of each grouping column of the law.
+        ties: parameters that copy another.
+        bounds: lowest and highest values that were allowed.
+        at_bound: parameters that ended at a bound.
+        profiles: 95% profile interval of each free parameter; an end is None where the rows set no limit.
+        profile_curves: the objective with a parameter held: values, and chi-square statistic there.
+        left_out: lowest and highest value of each parameter over fits with one run left out.
+        residuals: what the residuals look like.
+        sensitivity: the same rows fitted in other ways.
+        extrapolation: hold-outs at several shares of the compute: fit the cheap part, predict the dear part.
+        predicts: what the equation gives: "loss", or "N" or "D" for the optimum over compute (approaches 1 and 2).
     """
 
     law: str
@@ -147,11 +90,47 @@ class LawFit:
     downstream: Mapping[str, Downstream] = field(default_factory=dict)
     fingerprint: str | None = None
     warnings: tuple[str, ...] = ()
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    at_bound: tuple[str, ...] = ()
+    profiles: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    profile_curves: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    left_out: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    residuals: Residuals | None = None
+    sensitivity: tuple[Sensitivity, ...] = ()
+    extrapolation: tuple[HoldOut, ...] = ()
+    predicts: str = "loss"
+
+    @property
+    def formula(self) -> Formula:
+        """The law's equation."""
+        return parse_law(self.law)
 
     @property
     def form(self) -> Chinchilla:
-        """The point estimate as a closed form."""
+        """The point estimate as a closed form of N and D.
+
+        Raises:
+            InputError: the law is not one of N and D.
+        """
+        if self.law == "overtraining":
+            return from_overtraining(**self.params)
+        if self.law != "chinchilla":
+            raise InputError(
+                f"law: {self.law!r} is not a law of parameters and tokens; fit chinchilla, or predict at its own columns "
+                f"{', '.join(self.formula.columns)}"
+            )
         return Chinchilla(**self.params)
+
+    def _chinchilla_draws(self) -> Floats:
+        """(5, R) draws of A, B, E, alpha, beta."""
+        assert self.draws is not None
+        columns = dict(zip(self.params, self.draws.T, strict=True))
+        if self.law == "overtraining":
+            eta = columns["eta"]
+            return np.stack([columns["a"] * 6**-eta, columns["b"] * 6**-eta, columns["E"], 2 * eta, 2 * eta])
+        return self.draws.T
 
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float] | None]:
         """Percentile interval of each parameter from the draws; a source's own 95% interval when there are no draws.
@@ -180,9 +159,11 @@ class LawFit:
         if self.draws is None:
             return None
         columns = {}
+        exponents, constant = self.formula.exponents, self.formula.constant
         for i, name in enumerate(self.params):
-            if name not in self.fixed and not (self.tied and name == "beta"):
-                log = name in ("A", "B")
+            copied = name in self.ties or (self.tied and self.law == "chinchilla" and name == "beta")
+            if name not in self.fixed and not copied:
+                log = base_of(name) not in (*exponents, constant)
                 columns[f"log_{name}" if log else name] = np.log(self.draws[:, i]) if log else self.draws[:, i]
         import pandas as pd
 
@@ -192,16 +173,70 @@ class LawFit:
         """The loss at N parameters and D tokens, with a percentile interval over the draws.
 
         Raises:
-            InputError: N, D or `level` is not a positive finite number (level below 1).
+            InputError: N, D or `level` is not a positive finite number (level below 1), or the law needs other columns.
         """
         n, d = np.broadcast_arrays(_positive("N", N), _positive("D", D))
-        value = self.form.loss(n, d)
+        given = {"N": n, "D": d, "M": d / n, "C": 6 * n * d}
+        missing = [name for name in (*self.formula.columns, *self.groups) if name not in given]
+        if missing:
+            raise InputError(f"law {self.law!r}: needs {', '.join(missing)} besides N and D; use predict_at")
         notes = self.outside(n, d)
+        return self._predict({name: given[name] for name in self.formula.columns}, {}, level, notes)
+
+    def predict_at(
+        self, columns: Mapping[str, npt.ArrayLike], groups: Mapping[str, str] | None = None, level: float = 0.95
+    ) -> Prediction:
+        """The loss at values of the law's own columns.
+
+        Args:
+            columns: a number or array for each numeric column; M and C follow from N and D.
+            groups: the group, for each grouping column.
+            level: of the interval.
+
+        Raises:
+            InputError: a column or group is missing, unknown, or not a positive finite number.
+        """
+        given = {name: _positive(name, value) for name, value in columns.items()}
+        if {"N", "D"} <= set(given):
+            given |= {k: v for k, v in {"M": given["D"] / given["N"], "C": 6 * given["N"] * given["D"]}.items()
+                      if k not in given}  # fmt: skip
+        groups = dict(groups or {})
+        faults = [
+            f"{name}: the law {self.law!r} needs it; give a number"
+            for name in self.formula.columns
+            if name not in given
+        ]
+        needed = (*self.formula.columns, "N", "D", "M", "C", *self.groups)
+        faults += [
+            f"{name}: not a column of the law{suggest(name, needed)}"
+            for name in (*columns, *groups)
+            if name not in needed
+        ]
+        for name, known in self.groups.items():
+            if groups.get(name) not in known:
+                faults.append(
+                    f"{name}: the law was fitted for {', '.join(known)}, got {groups.get(name, 'nothing')}; give one of them"
+                )
+        if faults:
+            raise InputError(*faults)
+        values = dict(
+            zip(self.formula.columns, np.broadcast_arrays(*(given[n] for n in self.formula.columns)), strict=True)
+        )
+        return self._predict(values, groups, level, self._beyond(given))
+
+    def _predict(
+        self, columns: Mapping[str, Floats], groups: Mapping[str, str], level: float, notes: tuple[str, ...]
+    ) -> Prediction:
+        shape = next(iter(columns.values())).shape
+        flat = {name: values.reshape(-1) for name, values in columns.items()}
+        size = next(iter(flat.values())).size
+        rows = {name: [group] * size for name, group in groups.items()}
+        value = as_floats(self.formula.predict(self.params, flat, rows)).reshape(shape)
         if self.draws is None:
             return Prediction(value, None, None, (*notes, f"no interval: {self.bootstrap}"))
-        shape = (len(self.params), -1, *[1] * n.ndim)
-        low, high = _percentiles(chinchilla_loss(self.draws.T.reshape(shape), n, d), level)
-        return Prediction(value, low, high, notes)
+        draws = {name: self.draws[:, i : i + 1] for i, name in enumerate(self.params)}
+        low, high = _percentiles(self.formula.predict(draws, flat, rows), level)
+        return Prediction(value, low.reshape(shape), high.reshape(shape), notes)
 
     def optimum(self, C: float, level: float = 0.95) -> OptimumEstimate:
         """The compute-optimal N, D, M and loss at C = 6 N D FLOPs, with intervals over the draws.
@@ -222,7 +257,7 @@ class LawFit:
         if self.draws is None:
             found = {name: Estimate(float(getattr(best, name)), None, None) for name in names}
             return OptimumEstimate(c, **found, notes=(*notes, f"no interval: {self.bootstrap}"))
-        spread = compute_optimum(self.draws.T, c)
+        spread = compute_optimum(self._chinchilla_draws(), c)
         found = {}
         for name in names:
             low, high = _percentiles(getattr(spread, name), level)
@@ -232,8 +267,11 @@ class LawFit:
     def outside(self, N: npt.ArrayLike, D: npt.ArrayLike, prefix: str = "") -> tuple[str, ...]:
         """A sentence for each of N, D and M = D/N that leaves the fitted range; empty inside it."""
         n, d = as_floats(N), as_floats(D)
+        return self._beyond({"N": n, "D": d, "M": d / n} | ({} if "N" in self.ranges else {"C": 6 * n * d}), prefix)
+
+    def _beyond(self, columns: Mapping[str, Floats], prefix: str = "") -> tuple[str, ...]:
         notes = []
-        for name, values in (("N", n), ("D", d), ("M", d / n)):
+        for name, values in columns.items():
             if name not in self.ranges:
                 continue
             low, high = self.ranges[name]
@@ -253,16 +291,7 @@ class LawFit:
         """A plain dict of JSON types; `from_json` gives the same law back."""
         plain: dict[str, Any] = {"schema": SCHEMA}
         for f in fields(self):
-            plain[f.name] = getattr(self, f.name)
-        plain["params"], plain["fixed"] = dict(self.params), dict(self.fixed)
-        plain["conventions"] = dict(self.conventions)
-        plain["ranges"] = {name: list(pair) for name, pair in self.ranges.items()}
-        plain["stated_intervals"] = {name: list(pair) for name, pair in self.stated_intervals.items()}
-        plain["draws"] = None if self.draws is None else self.draws.tolist()
-        plain["certificate"] = None if self.certificate is None else vars(self.certificate).copy()
-        plain["holdouts"] = [vars(h).copy() for h in self.holdouts]
-        plain["downstream"] = {name: vars(law).copy() for name, law in self.downstream.items()}
-        plain["warnings"] = list(self.warnings)
+            plain[f.name] = _plain(getattr(self, f.name))
         return plain
 
     @classmethod
@@ -282,34 +311,67 @@ class LawFit:
             raise InputError(f"{where}: expected schema {SCHEMA!r}, got {plain.get('schema')!r}; fit the law again")
         given = {key: value for key, value in plain.items() if key != "schema"}
         _check_keys(where, given, [f.name for f in fields(cls)], ("law", "params", "source", "conventions", "ranges"))
-        if given["law"] not in PARAMETERS:
-            raise InputError(f"{where}: unknown law {given['law']!r}{suggest(str(given['law']), PARAMETERS)}")
-        names = PARAMETERS[given["law"]]
         try:
+            formula = parse_law(str(given["law"]))
+        except InputError as error:
+            raise InputError(
+                *(f"{where}: {fault.replace('law: unknown', 'unknown law')}" for fault in error.faults)
+            ) from None
+        try:
+            given["groups"] = {name: tuple(map(str, values)) for name, values in given.get("groups", {}).items()}
+            names = formula.parameters(given["groups"])
             _check_keys(f"{where}, params", given["params"], names, names)
             given["params"] = {name: float(given["params"][name]) for name in names}
-            for key in ("ranges", "stated_intervals"):
+            for key in ("ranges", "stated_intervals", "bounds", "left_out"):
                 given[key] = {name: (float(lo), float(hi)) for name, (lo, hi) in given.get(key, {}).items()}
+            given["profiles"] = {name: (lo, hi) for name, (lo, hi) in given.get("profiles", {}).items()}
+            given["profile_curves"] = {
+                name: (tuple(map(float, x)), tuple(map(float, y)))
+                for name, (x, y) in given.get("profile_curves", {}).items()
+            }
             if given.get("draws") is not None:
                 given["draws"] = as_floats(given["draws"]).reshape(-1, len(names))
             if given.get("certificate") is not None:
-                given["certificate"] = _record(Certificate, f"{where}, certificate", given["certificate"])
-            given["holdouts"] = tuple(_record(HoldOut, f"{where}, holdouts", h) for h in given.get("holdouts", ()))
+                found = _record(Certificate, f"{where}, certificate", given["certificate"])
+                basins = tuple((float(level), int(count)) for level, count in found.basins)
+                given["certificate"] = replace(found, basins=basins)
+            if given.get("residuals") is not None:
+                shape = _record(Residuals, f"{where}, residuals", given["residuals"])
+                given["residuals"] = replace(shape, worst=tuple((int(i), float(r)) for i, r in shape.worst))
+            for key, kind in (("holdouts", HoldOut), ("extrapolation", HoldOut), ("sensitivity", Sensitivity)):
+                given[key] = tuple(_record(kind, f"{where}, {key}", item) for item in given.get(key, ()))
             given["downstream"] = {
                 name: _record(Downstream, f"{where}, downstream {name}", law)
                 for name, law in given.get("downstream", {}).items()
             }
+            given["at_bound"] = tuple(map(str, given.get("at_bound", ())))
             given["warnings"] = tuple(str(sentence) for sentence in given.get("warnings", ()))
             law = cls(**given)
-            _ = law.form
+            if law.law in ("chinchilla", "overtraining"):
+                _ = law.form
         except (TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: not a law as scantling writes it ({error}); fit the law again") from None
         return law
 
 
+def _plain(value: Any) -> Any:
+    """Dataclasses, arrays and tuples as JSON knows them; a number that is not finite becomes null."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def _record(kind: type[Any], where: str, plain: Mapping[str, Any]) -> Any:
-    names = [f.name for f in fields(kind)]
-    _check_keys(where, plain, names, names)
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    _check_keys(where, plain, [f.name for f in fields(kind)], needed)
     return kind(**plain)
 
 

@@ -32,10 +32,11 @@ from scantling.laws.bootstrap import (
     noisy_losses,
     residual_sd,
 )
+from scantling.laws.descent import Design, Objective
 from scantling.laws.fitting import SINGULAR
 from scantling.laws.forms import Floats
 from scantling.laws.matched import MatchedRuns, matched_runs
-from scantling.laws.newton import Design, Minimum, Objective, minimise, resample
+from scantling.laws.newton import Minimum, minimise, resample
 from scantling.laws.rows import levels
 
 OBJECTIVE = Objective(delta=1e-2)  # squares for the usual seed noise of 0.2 to 0.5%, robust to a run that went wrong

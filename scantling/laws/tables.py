@@ -1,8 +1,9 @@
-"""Tables of runs: reading csv, tsv and jsonl with errors that name the line, and numeric columns out of them."""
+"""Tables of runs: reading csv, tsv, jsonl and parquet with errors that name the line, and numeric columns out of them."""
 
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,24 @@ import pandas as pd
 
 from scantling.errors import InputError, suggest
 from scantling.laws.forms import Floats
+from scantling.laws.wandb import melted
+from scantling.units import parse_count
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+_WITH_UNIT = re.compile(r"^\s*\d[\d_]*\.?\d*(?:[eE][+-]?\d+)?\s*(?:[KMBGTPkm]|[Kk]i|[Mm]i|[Gg]i)[A-Za-z]*\s*$")
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """A table of runs from a .csv, .tsv or .jsonl file in UTF-8.
+def read_table(path: str | Path, separator: str | None = None) -> pd.DataFrame:
+    """A table of runs from a .csv, .tsv or .jsonl file in UTF-8, or a .parquet file.
 
     The index holds the line each row came from, so that later messages can name it. Columns whose every entry is a
-    number or empty become float64 (empty becomes NaN); the others stay as they are.
+    number or empty become float64 (empty becomes NaN), and so do columns whose every entry has a unit, as 70M; the others
+    stay as they are. A Weights & Biases chart export (Step, "run - metric", ...) becomes one row per run and step.
+
+    Args:
+        path: the file.
+        separator: between entries; default a comma in .csv and a tab in .tsv.
 
     Raises:
         InputError: no such file, another kind of file, not UTF-8, empty, fewer than two rows, a row with too many or
@@ -31,6 +41,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise InputError(
             f"{path}: expected a table ending in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}"
         )
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -42,7 +54,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise InputError(f"{path}, line {line}: not UTF-8 text; save the table as UTF-8") from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; expected a header and one row per run")
-    lines, rows = _json_rows(path, text) if path.suffix.lower() == ".jsonl" else _delimited_rows(path, text)
+    if path.suffix.lower() == ".jsonl":
+        lines, rows = _json_rows(path, text)
+    else:
+        lines, rows = _delimited_rows(path, text, separator or ("," if path.suffix.lower() == ".csv" else "\t"))
+        lines, rows = melted(lines, rows)
     if len(rows) < 2:
         raise InputError(f"{path}: expected at least two rows, got {len(rows)}; a law needs several runs")
     table = pd.DataFrame(rows, index=pd.Index(lines, name="line"))
@@ -50,6 +66,24 @@ def read_table(path: str | Path) -> pd.DataFrame:
         numbers = _as_numbers(table[name])
         if numbers is not None:
             table[name] = numbers
+    return table
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise InputError(f"{path}: cannot be read (no such file); give the path of a table of runs")
+    try:
+        table = pd.read_parquet(path)
+    except ImportError:
+        raise InputError(
+            f"{path}: reading parquet needs pyarrow; install it (pip install pyarrow), or save the table as .csv"
+        ) from None
+    except Exception as error:
+        raise InputError(f"{path}: not a parquet table ({error})") from None
+    if len(table) < 2:
+        raise InputError(f"{path}: expected at least two rows, got {len(table)}; a law needs several runs")
+    table = table.reset_index(drop=True)
+    table.columns = [str(name) for name in table.columns]
     return table
 
 
@@ -116,8 +150,10 @@ def shorten(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
-def _delimited_rows(path: Path, text: str) -> tuple[list[int], list[dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if path.suffix.lower() == ".csv" else "\t")
+def _delimited_rows(path: Path, text: str, separator: str) -> tuple[list[int], list[dict[str, Any]]]:
+    if len(separator) != 1:
+        raise InputError(f"{path}: --separator: expected one character such as ';', got {separator!r}")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     lines: list[int] = []
     rows: list[dict[str, Any]] = []
     header: list[str] | None = None
@@ -127,6 +163,12 @@ def _delimited_rows(path: Path, text: str) -> tuple[list[int], list[dict[str, An
                 continue
             if header is None:
                 header = [entry.strip() for entry in entries]
+                other = next((mark for mark in (*SEPARATORS, ",") if mark in header[0]), None)
+                if len(header) == 1 and other is not None and other != separator:
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: the header is one column {header[0]!r}, it seems to be separated by "
+                        f"{SEPARATORS.get(other, 'commas')}; give --separator {other!r}"
+                    )
                 twice = {name for name in header if header.count(name) > 1}
                 if twice:
                     raise InputError(f"{path}, line {reader.line_num}: column {min(twice)!r} is named twice")
@@ -161,6 +203,13 @@ def _json_rows(path: Path, text: str) -> tuple[list[int], list[dict[str, Any]]]:
 
 
 def _as_numbers(column: "pd.Series[Any]") -> Floats | None:
+    texts = [value for value in column if isinstance(value, str) and value.strip()]
+    only_text = all(value is None or isinstance(value, str) for value in column)
+    if texts and only_text and all(_WITH_UNIT.match(value) for value in texts):
+        try:
+            return np.array([parse_count(v) if v and v.strip() else np.nan for v in column], dtype=np.float64)
+        except InputError:
+            return None
     numbers = [_as_number(value) for value in column]
     return None if any(n is None for n in numbers) else np.array(numbers, dtype=np.float64)
 

@@ -4,18 +4,21 @@ Shape letters: b batch, t new positions, s attended positions, h query heads, g 
 """
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from scantling.model.norm import Norm
+from scantling.model.block_attention import block_attention
+from scantling.model.norm import Norm, for_products
 from scantling.model.rotary import rotary_table, rotate
 from scantling.parts import RMSNorm, Rope
 from scantling.spec import LayerSpec
 
-PLAIN_LENGTH = 512  # longest sequence for which scores are kept for the backward pass on a CPU
+BLOCK_LENGTH = 1024  # longest sequence for which a CPU keeps the probabilities for the backward pass, unless measured
+Kernel = Literal["auto", "block", "fused"]
 
 
 class Attention(nn.Module):
@@ -33,6 +36,7 @@ class Attention(nn.Module):
             spec.num_key_value_heads,
         )
         self.spec = spec
+        self.kernel: Kernel = "auto"  # training engines measure and set it
         read = spec.attention_input_size or width
         self.q_proj = nn.Linear(read, heads * spec.head_dim, bias=bias)
         self.k_proj = nn.Linear(read, kv_heads * spec.head_dim, bias=bias)
@@ -46,24 +50,29 @@ class Attention(nn.Module):
             self.k_norm = Norm(norm, spec.head_dim * (kv_heads if over_all else 1))
 
     def forward(
-        self, x: Float[Tensor, "batch seq width"], past: "LayerCache | None" = None
+        self,
+        x: Float[Tensor, "batch seq width"],
+        past: "LayerCache | None" = None,
+        documents: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq width"]:
         """Attend; with `past`, to the cached positions too, which the new ones then join."""
-        spec = self.spec
+        spec, x = self.spec, for_products(x)
         batch, length, _ = x.shape
         if spec.attention_input_size is not None:
             x = x[..., : spec.attention_input_size]
         q_bhtk = self._heads(self.q_proj(x), self.q_norm)
         k_bgtk = self._heads(self.k_proj(x), self.k_norm)
-        v_bgtv = self.v_proj(x).view(batch, length, spec.num_key_value_heads, spec.v_head_dim).transpose(1, 2)
+        v_bgtv = self.v_proj(x).view(batch, length, -1, spec.v_head_dim).transpose(1, 2)
         start = past.length if past is not None else 0
         if isinstance(spec.position, Rope):
-            cos, sin = rotary_table(spec.position, spec.head_dim, start + length, x.device, x.dtype)
+            cos, sin = rotary_table(spec.position, spec.head_dim, start + length, x.device, q_bhtk.dtype)
             q_bhtk = rotate(q_bhtk, cos[start:], sin[start:])
             k_bgtk = rotate(k_bgtk, cos[start:], sin[start:])
         if past is not None:
             k_bgtk, v_bgtv = past.append(k_bgtk, v_bgtv)
-        y_bhtv = attend(q_bhtk, k_bgtk, v_bgtv, spec.scale, spec.sliding_window, spec.attn_logit_softcapping)
+        y_bhtv = attend(
+            q_bhtk, k_bgtk, v_bgtv, spec.scale, spec.sliding_window, spec.attn_logit_softcapping, documents, self.kernel
+        )
         return self.o_proj(y_bhtv.transpose(1, 2).reshape(batch, length, -1))
 
     def _heads(self, projected: Tensor, norm: Norm | None) -> Tensor:
@@ -84,21 +93,28 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    documents: Int[Tensor, "batch seq"] | None = None,
+    kernel: Kernel = "auto",
 ) -> Float[Tensor, "batch heads seq v_head_dim"]:
     """Causal attention; the queries are the last `seq` of the `attended` positions.
 
-    Training on a CPU at short lengths takes plain matrix products: torch's fused CPU kernel is slower there (LOG.md).
-    So do soft-capped scores, which no fused kernel knows.
+    Soft-capped scores take plain matrix products, which no fused kernel knows.
     """
     new, attended = q.shape[2], k.shape[2]
+    if softcap is not None:
+        return plain_attention(q, k, v, scale, window, softcap, documents)
+    if kernel == "auto":
+        short = q.device.type == "cpu" and attended <= BLOCK_LENGTH
+        kernel = "block" if short else "fused"
     whole = window is None or window >= attended
-    short = q.device.type == "cpu" and torch.is_grad_enabled() and new == attended <= PLAIN_LENGTH
-    if short or softcap is not None:
-        return plain_attention(q, k, v, scale, window, softcap)
+    if kernel == "block" and new == attended and torch.is_grad_enabled():
+        return block_attention(q, k, v, scale, None if whole else window, documents)
     grouped = q.shape[1] != k.shape[1]
-    if whole and new in (1, attended):
+    if whole and documents is None and new in (1, attended):
         return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, scale=scale, enable_gqa=grouped)
     mask = visible(new, attended, window, q.device)
+    if documents is not None:
+        mask = mask & (documents[:, None, -new:, None] == documents[:, None, None])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
@@ -109,6 +125,7 @@ def plain_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    documents: Int[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, "batch heads seq v_head_dim"]:
     """`attend` written out; query heads of a group share one matrix product."""
     batch, heads, new, _ = q.shape
@@ -117,7 +134,11 @@ def plain_attention(
     scores = (stacked @ k.transpose(-1, -2)).view(batch, groups, heads // groups, new, attended)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = (scores + hidden(new, attended, window, q.device, scores.dtype)).softmax(-1)
+    scores = scores + hidden(new, attended, window, q.device, scores.dtype)
+    if documents is not None:
+        other = documents[:, -new:, None] != documents[:, None]
+        scores = scores.masked_fill(other[:, None, None], float("-inf"))
+    weights = scores.softmax(-1)
     mixed = weights.view(batch, groups, heads // groups * new, attended) @ v
     return mixed.view(batch, heads, new, -1)
 

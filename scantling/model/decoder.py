@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from scantling.model.ffn import MixtureOfExperts
 from scantling.model.grouped import groupable, grouped_stacks
 from scantling.model.init import initialise
 from scantling.model.layer import Cache, Layer
+from scantling.model.loss import Head, cross_entropy, finished
 from scantling.model.norm import Norm
 from scantling.model.stream import Resize, Stream, WideStream
 from scantling.parts import Branches, CarryForward, Compress
@@ -75,25 +75,42 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, input_ids: Int[Tensor, "batch seq"], cache: Cache | None = None, single_branch: bool = False
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        cache: Cache | None = None,
+        single_branch: bool = False,
+        documents: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits at every given position; with `cache`, the positions continue the cached ones.
 
         Args:
             single_branch: run only the stack with the larger mixing weight; the spec says how its output is used.
+            documents: the document of each position; attention stays within it.
         """
+        products = self.lm_head(self.hidden(input_ids, cache, single_branch, documents))
+        return finished(products, self.spec.logits_scaling, self.spec.final_logit_softcapping)
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        cache: Cache | None = None,
+        single_branch: bool = False,
+        documents: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch seq unembedding_width"]:
+        """What the head reads; arguments as in `forward`."""
         x = self.embed(input_ids, cache.length if cache else 0)
         if self.branches is None:
-            return self.head(*self._stack(x, 0, cache))
+            return self._last(*self._stack(x, 0, cache, documents))
         shares = self.branches.weights()
         if single_branch:
             best = int(shares.argmax())
-            x, stream = self._stack(self.branches.entry(x, best), best, cache)
+            x, stream = self._stack(self.branches.entry(x, best), best, cache, documents)
             how = self.branches.spec.single_branch
-            return self.head(x * shares[best] if how == "scaled" else x, stream, normed=how != "bare")
-        outputs = self._stacks([self.branches.entry(x, branch) for branch in range(self.branches.spec.count)], cache)
+            return self._last(x * shares[best] if how == "scaled" else x, stream, normed=how != "bare")
+        inputs = [self.branches.entry(x, branch) for branch in range(self.branches.spec.count)]
+        outputs = self._stacks(inputs, cache, documents)
         mixed = sum(share * output for share, (output, _) in zip(shares, outputs, strict=True))
-        return self.head(mixed, self._mixed_stream(shares, outputs))
+        return self._last(mixed, self._mixed_stream(shares, outputs))
 
     def _mixed_stream(self, shares: Tensor, outputs: list[tuple[Tensor, Stream]]) -> Stream:
         """What the stacks carry past their last layer, mixed like their outputs, for a head wider than that layer."""
@@ -112,20 +129,22 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions)
         return x if self.spec.embedding_multiplier == 1.0 else x * self.spec.embedding_multiplier
 
-    def _stacks(self, inputs: list[Tensor], cache: Cache | None) -> list[tuple[Tensor, Stream]]:
+    def _stacks(
+        self, inputs: list[Tensor], cache: Cache | None, documents: Tensor | None
+    ) -> list[tuple[Tensor, Stream]]:
         """Every stack from its input to its output: one by one, or grouped where asked for and possible."""
-        if self.grouped_branches and groupable(self.spec):
+        if self.grouped_branches and documents is None and groupable(self.spec):
             return grouped_stacks(self.spec, self.layers, self.resize, inputs, cache)
-        return [self._stack(x, branch, cache) for branch, x in enumerate(inputs)]
+        return [self._stack(x, branch, cache, documents) for branch, x in enumerate(inputs)]
 
-    def _stack(self, x: Tensor, branch: int, cache: Cache | None) -> tuple[Tensor, Stream]:
+    def _stack(self, x: Tensor, branch: int, cache: Cache | None, documents: Tensor | None) -> tuple[Tensor, Stream]:
         """One stack of layers from its input to its output.
 
         Without gradients, carry-forward updates one wide stream in place and copies nothing between layers.
         """
         depth = len(self.spec.stacks[0])
         indices = range(branch * depth, (branch + 1) * depth)
-        if isinstance(self.spec.transition, CarryForward) and not torch.is_grad_enabled():
+        if isinstance(self.spec.transition, CarryForward) and documents is None and not torch.is_grad_enabled():
             wide = WideStream(x, max(self.spec.stream_widths))
             for index in indices:
                 x = wide.view(self.spec.layers[index].hidden_size)
@@ -135,30 +154,46 @@ class Decoder(nn.Module):
         stream = Stream()
         for index in indices:
             x = self.resize[index](x, stream)
-            x = self.layers[index](x, cache.layers[index] if cache else None)
+            x = self.layers[index](x, cache.layers[index] if cache else None, documents)
         return x, stream
 
-    def head(self, x: Tensor, stream: Stream, normed: bool = True) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the last layer's output. Carried coordinates come from the un-normalised stream."""
-        spec, norm = self.spec, self.norm if normed else None
-        if isinstance(spec.transition, Compress):
+    def _last(self, x: Tensor, stream: Stream, normed: bool = True) -> Float[Tensor, "batch seq unembedding_width"]:
+        """The last layer's output as the head reads it. Carried coordinates come from the un-normalised stream."""
+        norm = self.norm if normed else None
+        if isinstance(self.spec.transition, Compress):
             x = self.resize_last(x, stream)
-            x = norm(x) if norm is not None else x
-        else:
-            x = self.resize_last(norm(x) if norm is not None else x, stream)
-        logits = self.lm_head(x)
-        if spec.logits_scaling != 1.0:
-            logits = logits / spec.logits_scaling
-        if spec.final_logit_softcapping is not None:
-            logits = spec.final_logit_softcapping * torch.tanh(logits / spec.final_logit_softcapping)
-        return logits
+            return norm(x) if norm is not None else x
+        return self.resize_last(norm(x) if norm is not None else x, stream)
 
-    def loss(self, input_ids: Int[Tensor, "batch seq"], labels: Int[Tensor, "batch seq"]) -> Float[Tensor, ""]:
-        """Mean cross-entropy in nats per token (in float32 at least), plus routers' auxiliary losses; label -1 is ignored."""
-        logits = self(input_ids)
-        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=-1)
-        return loss + self.auxiliary_loss()
+    def loss(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"],
+        documents: Int[Tensor, "batch seq"] | None = None,
+        z_loss: float = 0.0,
+    ) -> Float[Tensor, ""]:
+        """What training minimises, in nats per token: mean cross-entropy, z-loss, and routers' auxiliary losses.
+
+        Args:
+            labels: the next tokens; -1 is ignored.
+            documents: as in `forward`.
+            z_loss: weight of the mean squared log-normaliser.
+        """
+        total = self.total_loss(input_ids, labels, documents, z_loss)
+        return total / (labels >= 0).sum() + self.auxiliary_loss()
+
+    def total_loss(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"],
+        documents: Int[Tensor, "batch seq"] | None = None,
+        z_loss: float = 0.0,
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy and z-loss summed over the labels, in nats."""
+        spec = self.spec
+        head = Head(self.lm_head.weight, self.lm_head.bias, spec.logits_scaling, spec.final_logit_softcapping)
+        x = self.hidden(input_ids, documents=documents).flatten(0, 1)
+        return cross_entropy(x, head, labels.flatten(), z_loss)
 
     def auxiliary_loss(self) -> Float[Tensor, ""] | float:
         """Load-balance and z losses of every router at the last forward pass, weighted as the spec says."""

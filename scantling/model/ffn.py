@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scantling.model.norm import for_products
 from scantling.parts import BlockDenseFFN, BlockShuffleFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -131,6 +132,7 @@ class FeedForward(nn.Module):
         self.down_proj = linear(spec, inner, width_out)
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        x = for_products(x)
         if not self.gated:
             hidden = self.act(self.up_proj(x))
         elif hasattr(self, "gate_proj"):

@@ -110,7 +110,7 @@ class GroupedAttention:
     def __init__(self, parts: Sequence[Attention]) -> None:
         self.parts, self.spec = parts, parts[0].spec
 
-    def __call__(self, x: Stacked, past: Sequence[LayerCache] | None) -> Stacked:
+    def __call__(self, x: Stacked, past: Sequence[LayerCache] | None, documents: None = None) -> Stacked:
         spec, parts = self.spec, self.parts
         stacks, batch, length, _ = x.shape
         start = past[0].length if past is not None else 0

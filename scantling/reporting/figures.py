@@ -90,7 +90,7 @@ def ladder(
         losses: range shown, the same in every panel.
         worst: largest relative residual of any panel.
     """
-    figure = _figure(440)
+    figure = figure_of(440)
     low_c, high_c = float(points.C.min()), float(points.C.max())
     for name, rows in points.groupby("family", sort=False):
         family = str(name)
@@ -182,7 +182,7 @@ def savings(found: Sequence[Saving], looks: Mapping[str, Style]) -> go.Figure:
                 (item.candidate, f"{title}<br>M = {one.multiplier:.3g}", one.value, one.low, one.high, None)
                 for one in item.by_multiplier
             ]
-    figure = _figure(110 + 54 * len(lines))
+    figure = figure_of(110 + 54 * len(lines))
     ends = [
         end
         for _, _, value, low, high, check in lines
@@ -238,7 +238,7 @@ def front(
         candidates: the same of each candidate, best first.
         axis: what the cost is.
     """
-    figure = _figure(400)
+    figure = figure_of(400)
     hover = f"%{{text}}<br>loss %{{y:.4f}}<br>{escape(axis)} %{{x:.4g}}<extra></extra>"
     ordered = sorted(line)
     groups = (
@@ -300,7 +300,8 @@ _AXIS: dict[str, Any] = {
 }
 
 
-def _figure(height: int) -> go.Figure:
+def figure_of(height: int) -> go.Figure:
+    """An empty figure in the style of the page."""
     figure = go.Figure(layout={"template": "none", "height": height, "showlegend": False, "hovermode": "closest"})
     figure.update_layout(margin={"l": 8, "r": 14, "t": 12, "b": 8}, xaxis=_AXIS, yaxis=_AXIS)
     return figure

@@ -99,9 +99,7 @@ def _add_spec_columns(table: pd.DataFrame, records: Sequence[RunRecord]) -> list
 
 def _fingerprint(table: pd.DataFrame) -> str:
     try:
-        return usable_rows(table, {"params": "N", "tokens": "D", "loss": "loss"}, weights=None, clusters=None)[
-            0
-        ].fingerprint
+        return usable_rows(table, {"N": "N", "D": "D"}, loss="loss")[0].fingerprint
     except InputError:
         return ""
 

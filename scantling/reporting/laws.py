@@ -1,11 +1,13 @@
 """What was fitted: the loss-matched saving between families, and the laws with their intervals and certificates."""
 
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from scantling.laws import LawFit, Saving
 from scantling.reporting import figures
 from scantling.reporting.ladder import Ladder
+from scantling.reporting.lawplots import profile_figure, slug
 from scantling.reporting.markup import (
     NONE,
     Html,
@@ -21,6 +23,8 @@ from scantling.reporting.markup import (
     span,
 )
 from scantling.units import format_count, format_flops
+
+SYMBOLS = {"alpha": "\u03b1", "beta": "\u03b2", "gamma": "\u03b3", "delta": "\u03b4", "eta": "\u03b7"}
 
 
 def saving_section(found: Sequence[Saving], looks: Mapping[str, figures.Style]) -> Section:
@@ -83,26 +87,29 @@ def saving_section(found: Sequence[Saving], looks: Mapping[str, figures.Style]) 
 
 
 def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
-    """The parameters of each law, how it was fitted, what it predicted unseen, and what it warns of."""
+    """The parameters of each law, how it was fitted, what it predicted unseen, how sure it is, and what it warns of."""
+    texts = dict.fromkeys(f"{law.predicts} = {law.formula.text}" for law in laws.values())
     body = paragraph(
-        Html(
-            "L(N, D) = E + A\u00a0N<sup>\u2212\u03b1</sup> + B\u00a0D<sup>\u2212\u03b2</sup>, in nats per token; "
-            "each value stands above its 95% interval."
-        ),
-        "Intervals are marginal: A is correlated with \u03b1, and B with \u03b2, so that their ends must not be combined.",
+        f"{'; '.join(texts)}; losses in nats per token. Each value stands above its 95% interval.",
+        "Intervals are marginal: a prefactor is correlated with its exponent, so that their ends must not be combined.",
     )
     table: list[list[object]] = []
-    for symbol, name in (("E", "E"), ("A", "A"), ("\u03b1", "alpha"), ("B", "B"), ("\u03b2", "beta")):
-        table.append([Html(f"<i>{symbol}</i>"), *(_parameter(law, name) for law in laws.values())])
+    for name in dict.fromkeys(key for law in laws.values() for key in law.params):
+        shown_name = Html(f"<i>{SYMBOLS.get(name, escape(name))}</i>")
+        table.append([shown_name, *(_parameter(law, name) if name in law.params else NONE for law in laws.values())])
     facts: dict[str, Any] = {
         "rows fitted (runs)": lambda law: known(law.n, lambda n: f"{n}" + (f" ({law.n_runs})" if law.n_runs else "")),
         "objective": _objective,
         "objective at the minimum": lambda law: significant(law.objective_value, 6),
-        "exponents": lambda law: "tied: \u03b1 = \u03b2" if law.tied else "free",
+        "tied": lambda law: (
+            "one exponent" if law.tied else ", ".join(f"{a} = {b}" for a, b in law.ties.items()) or "none"
+        ),
+        "bounds": lambda law: ", ".join(f"{name} {span(*ends)}" for name, ends in law.bounds.items()) or NONE,
         "residual sd": lambda law: percent(law.residual_sd, 2),
         "starts reaching the minimum": lambda law: known(
             law.certificate, lambda found: f"{found.agreeing} of {found.starts}"
         ),
+        "distinct minima found": lambda law: known(law.certificate, lambda found: f"{max(1, len(found.basins))}"),
         "relative gradient there": lambda law: known(law.certificate, lambda found: significant(found.gradient, 2)),
         "condition number": lambda law: known(law.certificate, lambda found: significant(found.condition, 3)),
         "N fitted": lambda law: _range(law, "N", format_count),
@@ -121,18 +128,20 @@ def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
         [
             *(name, item.rule, item.n_fit, item.n_held),
             *(percent(item.are, 2), percent(item.bias, 2, sign=True), percent(item.baseline_are, 2)),
-            f"{item.compute_ratio:.2g}",
+            *(percent(item.reducible_are, 2), percent(item.tied_are, 2)),
+            known(item.compute_ratio, "{:.2g}".format),
         ]
         for name, law in laws.items()
-        for item in law.holdouts
+        for item in (*law.holdouts, *law.extrapolation)
     ]  # fmt: skip
     header = (
         "law|held out|rows fitted|rows held out|mean error (ARE)|signed bias|"
-        "error of \u201clowest loss so far\u201d|held-out / fitted compute"
+        "error of \u201clowest loss so far\u201d|error of the reducible loss|with equal exponents|held-out / fitted compute"
     )
     if held:
-        body += data_table("Predicting what the fit did not see", "llrrrrrr", header, held)
+        body += data_table("Predicting what the fit did not see", "llrrrrrrrr", header, held)
         body += paragraph("A negative bias is too optimistic: the runs came out worse than the law said.", kind="note")
+    body += "".join(_certainty(name, law) for name, law in laws.items())
     counted = dict.fromkeys(f"{name}: {text}" for law in laws.values() for name, text in law.conventions.items())
     body += paragraph(f"How things are counted. {'; '.join(counted)}.", kind="note") if counted else ""
     warnings = [f"{name}: {sentence}." for name, law in laws.items() for sentence in law.warnings]
@@ -140,6 +149,53 @@ def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
     used = {name for name, _ in ladder.fitted.values()} if ladder else set()
     sources = [f"{name}: {law.source}." for name, law in laws.items() if name not in used]
     return Section("laws", "The laws", body + bullets(sources))
+
+
+def _certainty(name: str, law: LawFit) -> str:
+    """Profiles, fits with a run left out, other defensible fits, and residuals of one law."""
+    body = ""
+    if law.profiles:
+        rows: list[list[object]] = [
+            [
+                key,
+                significant(law.params[key]),
+                known(law.intervals()[key], lambda ends: span(*ends)),
+                " to ".join(known(end, significant) if end is not None else "no limit" for end in ends),
+                known(law.left_out.get(key), lambda ends: span(*ends)),
+            ]
+            for key, ends in law.profiles.items()
+        ]
+        header = "parameter|value|bootstrap|profile of the objective|range without any one run"
+        body += data_table(f"How sure: {name}", "lrrrr", header, rows)
+        body += plot(
+            profile_figure(law),
+            f"profile-{slug(name)}",
+            f"{name}: twice the scaled excess of the objective; 3.84 is 95%",
+        )
+    if law.sensitivity:
+        names = [key for key in law.params if key not in law.fixed and "[" not in key][:6]
+        rows = [
+            [item.change, item.n, *(significant(item.params.get(key)) for key in names), significant(item.ahead, 5),
+             significant(item.optimum, 3), item.refused or ""]
+            for item in law.sensitivity
+        ]  # fmt: skip
+        header = f"fitted otherwise|rows|{'|'.join(names)}|loss at 10 x the compute|optimal D/N|refused"
+        body += data_table(f"Sensitivity: {name}", "l" + "r" * (len(names) + 3) + "l", header, rows)
+    if law.residuals is not None:
+        shape = law.residuals
+        rows = [
+            [key, f"{rho:+.2f}", significant(shape.p_values[key], 2), f"{shape.curvature.get(key, 0.0):+.1f}"]
+            for key, rho in shape.rank_correlation.items()
+        ]
+        header = "residuals against|rank correlation|p|t of a bend"
+        body += data_table(f"Residuals: {name}", "lrrr", header, rows)
+        worst = ", ".join(f"{value:+.2%}" for _, value in shape.worst)
+        body += paragraph(
+            f"Largest residuals {worst}; excess kurtosis {shape.kurtosis:.1f}; correlation within runs "
+            f"{shape.run_correlation:.2f}.",
+            kind="note",
+        )
+    return body
 
 
 def _parameter(law: LawFit, name: str) -> Html:

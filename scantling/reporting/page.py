@@ -60,7 +60,11 @@ def page(sources: Sources, title: str, inputs: str) -> str:
         plan_section(sources.plans) if sources.plans else None,
         provenance_section(sources),
     ]
-    shown = [section for section in sections if section is not None and section.body]
+    return assemble([section for section in sections if section is not None and section.body], title, inputs)
+
+
+def assemble(shown: Sequence[Section], title: str, inputs: str) -> str:
+    """The HTML of some sections under a title, with the names of what they were made from."""
     contents = "".join(f'<li><a href="#{section.key}">{escape(section.title)}</a></li>' for section in shown)
     body = "".join(
         f'<section id="{s.key}" aria-labelledby="{s.key}-title"><h2 id="{s.key}-title">{escape(s.title)}</h2>{s.body}</section>'
@@ -89,10 +93,9 @@ def _headline(sources: Sources, ladder: Ladder | None) -> Section:
     if not sources.findings:
         for name, law in sources.laws.items():
             n = f"fitted to {law.n} runs" if law.n else law.source
-            rest.append(
-                f"{name}: L(N, D) with E = {significant(law.params['E'])}, \u03b1 = {significant(law.params['alpha'])}, "
-                f"\u03b2 = {significant(law.params['beta'])}; {n}."
-            )
+            shown = [(key, value) for key, value in law.params.items() if key not in law.ties]
+            values = ", ".join(f"{key} = {significant(value)}" for key, value in shown[:8])
+            rest.append(f"{name}: {law.predicts} = {law.formula.text} with {values}; {n}.")
     for path, spec in sources.specs:
         price = cost(spec)
         rest.append(

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from scantling.laws.newton import Design, Objective, _derivatives, minimise, refine, resample
+from scantling.laws.descent import Design, Objective, derivatives, refine
+from scantling.laws.newton import minimise, resample
 from tests.laws.ladders import MULTIPLIERS, SIZES, TRUE, grid
 
 
@@ -20,14 +21,14 @@ def problem(noise: float = 0.01) -> tuple[Design, np.ndarray]:
 @pytest.mark.parametrize(
     "objective", [Objective(1e-3), Objective(0.05), Objective(np.inf), Objective(np.inf, raw=True)]
 )
-def test_derivatives(objective: Objective) -> None:
+def testderivatives(objective: Objective) -> None:
     design, loss = problem(0.03)
     weights = np.linspace(0.5, 2, len(loss))
     theta = np.array([[0.1, 0.2, 0.5, 0.4, 0.3]])
-    _, gradient, hessian, _, _ = _derivatives(design, loss, weights, objective, theta)
+    _, gradient, hessian, _, _ = derivatives(design, loss, weights, objective, theta)
     step = 1e-6
     for p in range(5):
-        ends = [_derivatives(design, loss, weights, objective, theta + sign * step * np.eye(5)[p]) for sign in (1, -1)]
+        ends = [derivatives(design, loss, weights, objective, theta + sign * step * np.eye(5)[p]) for sign in (1, -1)]
         assert (ends[0][0] - ends[1][0]) / (2 * step) == pytest.approx(gradient[:, p], rel=1e-4, abs=1e-8)
         np.testing.assert_allclose((ends[0][1] - ends[1][1])[0] / (2 * step), hessian[0, p], rtol=1e-4, atol=1e-6)
 

@@ -30,7 +30,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
         ("t.csv", HEADER + GOOD + "1,2\n", "line 4: expected 3 entries.*got 2"),
         ("t.csv", HEADER + GOOD + "1,2,3,4\n", "line 4: expected 3 entries.*got 4"),
         ("t.csv", "N,N,loss\n" + GOOD, "line 1: column 'N' is named twice"),
-        ("t.xlsx", HEADER + GOOD, "ending in .csv, .tsv, .jsonl, got '.xlsx'"),
+        ("t.xlsx", HEADER + GOOD, "ending in .csv, .tsv, .jsonl, .parquet, got '.xlsx'"),
         ("t.jsonl", '{"N": 1}\n{"N": 2\n', "line 2: not JSON"),
         ("t.jsonl", '{"N": 1}\n[1, 2]\n', "line 2: expected a JSON object, got list"),
         ("t.jsonl", '{"N": 1}\n', "at least two rows, got 1"),

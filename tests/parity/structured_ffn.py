@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scantling.config import Cosine, TrainConfig
-from scantling.costing import cost, total
+from scantling.costing import cost, total, train_flops
 from scantling.errors import InputError
+from scantling.guidance import guidance, guide_params, guide_weight
 from scantling.model import build
 from scantling.model.ffn import BlockDenseLinear, BlockShuffleLinear, LowRankLinear
-from scantling.model.guided import GuidedLinear, guide_weight, guided_training_flops
+from scantling.model.guided import GuidedLinear
 from scantling.model.init import polar, spectral_factors
 from scantling.optim import learning_rate_factor
+from scantling.recipe import Cosine, SelfGuided, TrainConfig
 from scantling.resolve import spec_from
 from scantling.rows import ffn_weights
 from scantling.spec import ModelSpec
@@ -249,9 +250,9 @@ def check_sizes(entry: dict[str, Any], checks: Checks) -> None:
             pass
 
 
-def model_spec(config: dict[str, Any], dense: bool = False) -> ModelSpec:
-    """The small model of a cost case; `dense`: its twin with dense FFNs, which are as large as the guides."""
-    layers, method = config["L"], "linear" if dense else config["method"]
+def model_spec(config: dict[str, Any]) -> ModelSpec:
+    """The small model of a cost case."""
+    layers, method = config["L"], config["method"]
     swiglu, bias = config.get("act") == "swiglu", config.get("bias", True)
     sizes = {"rank": config.get("rank"), "num_blocks": config.get("nblocks")}
     first = "linear" if config.get("first_dense", True) else method
@@ -278,32 +279,31 @@ def model_spec(config: dict[str, Any], dense: bool = False) -> ModelSpec:
 
 
 def check_cost(entry: dict[str, Any], checks: Checks) -> None:
-    """Counts and FLOPs as sums of rows, guides as the dense twin's FFN weights."""
+    """Counts and FLOPs as sums of rows; a guided run's through its plan."""
     config, guided = entry["config"], entry["config"].get("guided")
-    spec, twin = model_spec(config), model_spec(config, dense=True)
-    found, hidden = cost(spec), config["hidden"]
-    weights = [ffn_weights(layer.ffn, hidden) for layer in spec.layers]
-    guides = [ffn_weights(layer.ffn, hidden) for layer in twin.layers]
-    guide = sum(g for g, layer in zip(guides, spec.layers, strict=True) if layer.ffn.kind != "dense") if guided else 0
-    tokens, steps = config["seq"] * config["gb"], config["steps"]
-    guided_steps = math.floor(guided["ratio"] * steps) if guided else 0
-    steps += guided_steps if guided and guided["mode"] == "fixedflop" else 0
-    forward, guide_flops = found.flops_per_token["forward"] * tokens, 2 * tokens * guide
-    stochastic = bool(guided and guided["reduce"])
-    training = guided_training_flops(forward, guide_flops, steps, guided_steps, stochastic)
+    spec, length, batch = model_spec(config), config["seq"], config["seq"] * config["gb"]
+    found = cost(spec)
+    guide = None
+    if guided:
+        mode = {"fixedstep": "fixed_tokens", "fixedflop": "fixed_flops"}[guided["mode"]]
+        guide = SelfGuided(mode=mode, ratio=guided["ratio"], stochastic=guided["reduce"])
+    train = TrainConfig(tokens=config["steps"] * batch, batch_tokens=batch, sequence_length=length, guide=guide)
+    plan = guidance(spec, train)
+    weights = [ffn_weights(layer.ffn, config["hidden"]) for layer in spec.layers]
     got = {
         "parameters_total": found.params["total"],
-        "parameters_guide": guide,
+        "parameters_guide": guide_params(spec) if plan else 0,
         "ffn_weight_parameters": sum(weights),
         "per_layer_ffn_parameters": weights,
         "weight_parameters_with_embedding": total(found.rows, "matmul_flops") // 2,
-        "forward_flops_per_step": forward,
-        "guide_flops_per_forward_step": guide_flops,
-        "total_steps": steps,
-        "guided_steps": guided_steps,
+        "forward_flops_per_step": found.flops_per_token["forward"] * batch,
+        "guide_flops_per_forward_step": plan.guide_flops * batch if plan else 0,
+        "total_steps": plan.steps if plan else train.steps,
+        "guided_steps": plan.guided_steps if plan else 0,
     }
     for key, value in got.items():
         checks.equal(key, value, entry[key])
+    training = plan.train_flops() if plan else train_flops(spec, length, train.steps * batch)
     checks.close("total_training_flops", training, entry["total_training_flops"], relative=1e-12)
 
 

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scantling.config import AdamW, Power, TrainConfig
+from scantling.recipe import AdamW, Power, TrainConfig
 from scantling.costing import cost
 from scantling.errors import InputError
 from scantling.optim import learning_rate_factor

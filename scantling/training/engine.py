@@ -1,0 +1,210 @@
+"""How this machine computes a run: choices measured or looked up once, at the first start, and kept in engine.json.
+
+A resumed run takes the choices from there, so that a second measurement cannot change its rounding.
+"""
+
+import ctypes
+import dataclasses
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from scantling.config import RunConfig
+from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, processor, use_float32
+from scantling.errors import InputError
+from scantling.evaluate import autocast
+from scantling.files import write_json
+from scantling.memory import fit_micro_batch, memory_settings
+from scantling.model import Decoder
+from scantling.model.attention import Attention, attend
+from scantling.recipe import Precision
+from scantling.spec import LayerSpec, ModelSpec
+from scantling.training.parallel import World
+
+FILE = "engine.json"
+LONG = 2048  # longest sequence for which keeping the attention probabilities on a CPU is tried
+COMPILE_AFTER = 1200.0  # seconds a run must take before compiling is tried
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The choices.
+
+    Attributes:
+        device: `cpu` or `cuda`; hardware: its name.
+        precision: of matrix products.
+        float32_matmul: torch's setting for float32 products, see `device.fastest_float32`.
+        attention: kernel in training, see `model.attention.attend`.
+        compile: whether layers are compiled.
+        micro_batch_sequences: sequences of one forward and backward pass on one device.
+        reasons: why, in sentences, for the record.
+    """
+
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    precision: Precision
+    float32_matmul: str
+    attention: Literal["block", "fused"]
+    compile: bool
+    micro_batch_sequences: int
+    reasons: tuple[str, ...] = ()
+
+
+def choose(config: RunConfig, folder: Path, world: World) -> Engine:
+    """The engine of a run: read from its folder, or chosen now and written there.
+
+    Raises:
+        InputError: the file is damaged, or the model does not fit into memory (need and have are told).
+    """
+    hardware = processor() if world.device == "cpu" else torch.cuda.get_device_name()
+    path = folder / FILE
+    if path.exists():
+        engine = _read(path)
+        if engine.device == world.device:
+            return engine
+        print(f"{path}: was chosen on {engine.hardware}, this is {hardware}; choosing anew", file=sys.stderr)
+    engine = chosen(config, world)
+    if world.main:
+        write_json(path, dataclasses.asdict(engine))
+    return engine
+
+
+def _read(path: Path) -> Engine:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Engine(**{**found, "reasons": tuple(found["reasons"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not an engine file ({error}); delete it to choose anew") from None
+
+
+def chosen(config: RunConfig, world: World) -> Engine:
+    """The choices made now, by the main process for all.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    return world.agree(lambda: _chosen(config, world))
+
+
+def _chosen(config: RunConfig, world: World) -> Engine:
+    hardware = processor() if world.device == "cpu" else torch.cuda.get_device_name()
+    train, device, reasons = config.train, world.device, []
+    precision: Precision
+    if train.precision == "auto":
+        precision = "bfloat16" if bfloat16_is_fast(device) else "float32"
+        reasons.append(
+            f"precision {precision}: the {device} {'has' if precision == 'bfloat16' else 'lacks'} bfloat16 units"
+        )
+    else:
+        precision = train.precision
+    float32 = fastest_float32() if device == "cpu" else "highest" if train.precision == "float32" else "high"
+    attention: Literal["block", "fused"] = "fused"
+    if device == "cpu":
+        attention, why = fastest_attention(config.spec, train.sequence_length, precision)
+        reasons.append(why)
+    micro = micro_batch(config, world, precision, attention)
+    return Engine(device, hardware, precision, float32, attention, train.compile == "on", micro, tuple(reasons))
+
+
+def micro_batch(config: RunConfig, world: World, precision: Precision, attention: str) -> int:
+    """Sequences of one pass on one device: as the recipe says, or the most that fit into memory.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    train = config.train
+    mine = -(-train.batch_sequences // world.data_size)
+    if train.gradient_accumulation_steps is not None:
+        return max(1, mine // train.gradient_accumulation_steps)
+    guides = config.guidance is not None
+    settings = memory_settings(config.spec.vocab_size, train, precision, world.device, guides)
+    return fit_micro_batch(
+        config.spec,
+        train.sequence_length,
+        mine,
+        available_memory(world.device) // world.processes_here,
+        shards=world.shards,
+        device=world.device,
+        **{**settings, "attention": attention},
+    )
+
+
+def fastest_attention(
+    spec: ModelSpec, sequence_length: int, precision: Precision
+) -> tuple[Literal["block", "fused"], str]:
+    """Which exact kernel is faster on this CPU, forward and backward, summed over the layers' distinct shapes."""
+    plain = [layer for layer in spec.layers if layer.attn_logit_softcapping is None]
+    if not plain or sequence_length > LONG:
+        return "fused", f"attention fused: not measured at {sequence_length} tokens"
+    shapes: dict[tuple[int | None, ...], list[LayerSpec]] = {}
+    for layer in plain:
+        key = (
+            layer.num_attention_heads,
+            layer.num_key_value_heads,
+            layer.head_dim,
+            layer.v_head_dim,
+            layer.sliding_window,
+        )
+        shapes.setdefault(key, []).append(layer)
+    kernels: tuple[Literal["block", "fused"], ...] = ("block", "fused")
+    seconds = {
+        kernel: sum(
+            len(same) * _attention_seconds(same[0], sequence_length, precision, kernel) for same in shapes.values()
+        )
+        for kernel in kernels
+    }
+    best = min(kernels, key=lambda kernel: seconds[kernel])
+    slower = max(seconds.values()) / min(seconds.values())
+    return best, f"attention {best}: {slower:.2f}x as fast as the other kernel here at {sequence_length} tokens"
+
+
+def _attention_seconds(
+    layer: LayerSpec, length: int, precision: Precision, kernel: Literal["block", "fused"], sequences: int = 2
+) -> float:
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+
+    def tensor(count: int, size: int) -> torch.Tensor:
+        return torch.ones(sequences, length, count, size, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    q, k, v = tensor(heads, layer.head_dim), tensor(groups, layer.head_dim), tensor(groups, layer.v_head_dim)
+    gradient = torch.ones(sequences, heads, length, layer.v_head_dim, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        attend(q, k, v, layer.scale, layer.sliding_window, kernel=kernel).backward(gradient)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def apply(engine: Engine, model: Decoder) -> None:
+    """Put the choices into effect: process-wide settings, and the model's kernels."""
+    use_float32(engine.float32_matmul)
+    if engine.device == "cpu":
+        keep_freed_memory()
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.kernel = engine.attention
+    if engine.compile:
+        for layer in model.layers:
+            layer.compile()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of returning it, so that a step does not fault its activations in anew."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def autocasting(engine: Engine) -> Any:
+    """The context in which the forward pass runs."""
+    return autocast(engine.precision, engine.device)
