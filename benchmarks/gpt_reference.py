@@ -25,7 +25,8 @@ class Block(nn.Module):
         """x: [batch, seq, width]."""
         batch, length, width = x.shape
         q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm_1(x)).split(width, 2)
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm_1(x)).split(width, 2)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).contiguous().view(batch, length, width))
@@ -64,7 +65,9 @@ class Loop:
         decayed = [p for p in model.parameters() if p.ndim >= 2]
         others = [p for p in model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=rate, betas=(0.9, 0.95)
+            [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+            lr=rate,
+            betas=(0.9, 0.95),
         )
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
 
@@ -72,7 +75,9 @@ class Loop:
         """Random windows, sliced one by one."""
         starts = torch.randint(len(self.data) - self.context, (self.sequences,)).tolist()
         ids = torch.stack([torch.from_numpy(self.data[i : i + self.context].astype(np.int64)) for i in starts])
-        labels = torch.stack([torch.from_numpy(self.data[i + 1 : i + 1 + self.context].astype(np.int64)) for i in starts])
+        labels = torch.stack(
+            [torch.from_numpy(self.data[i + 1 : i + 1 + self.context].astype(np.int64)) for i in starts]
+        )
         return ids, labels
 
     def step(self, batch: tuple[Tensor, Tensor] | None = None) -> float:

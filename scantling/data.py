@@ -26,7 +26,7 @@ from scantling.errors import InputError
 from scantling.files import write_json
 from scantling.readers import File
 from scantling.ready import is_ready, open_ready
-from scantling.shards import Prepared, fingerprint, open_prepared, tokenise, write_error
+from scantling.shards import LAYOUT, Prepared, fingerprint, open_prepared, tokenise, write_error
 from scantling.sources import find_files, pieces, text_size
 from scantling.survey import Split, Survey, sampled_texts, survey
 from scantling.tokens import (
@@ -53,9 +53,14 @@ _TEMPORARY, _SURVEY, _LOCK = ".preparing-", ".survey-", ".lock-"
 Found = Mapping[str, list[tuple[str | HubSource, tuple[File, ...]]]]
 
 
-def default_cache_dir() -> Path:
+def cache_root() -> Path:
     """`$SCANTLING_CACHE`, or `~/.cache/scantling`."""
     return Path(os.environ.get("SCANTLING_CACHE") or "~/.cache/scantling").expanduser()
+
+
+def default_cache_dir() -> Path:
+    """Where prepared data lie: a folder of the cache named by the layout of what is in it, so that layouts never meet."""
+    return cache_root() / f"data-{LAYOUT}"
 
 
 def open_dataset(folder: Path | str) -> Dataset:

@@ -55,7 +55,10 @@ def validation(
     """
     model.eval()
     most = max(max_tokens, sequence_length)
-    sums = list(batch_losses(model, dataset, sequence_length, batch_sequences, most, precision, document_mask))
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)  # `gaussian` transitions draw: the same at every evaluation, and nothing from the caller
+        sums = list(batch_losses(model, dataset, sequence_length, batch_sequences, most, precision, document_mask))
     model.train()
     tokens = sum(count for _, count in sums)
     loss = math.fsum(total for total, _ in sums) / tokens

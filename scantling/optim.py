@@ -181,15 +181,17 @@ def _grouped(
     parameters: dict[str, nn.Parameter], config: TrainConfig, rate: float, layer_matrices: dict[str, nn.Parameter]
 ) -> list[dict[str, object]]:
     """Param groups of equal rate and weight decay, in the order of their first parameters."""
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    members: dict[tuple[float, float, object], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         multiplier = rate_multiplier(name, parameter, config, name in layer_matrices)
         decay = config.optimizer.weight_decay if decays(name, parameter, config) else 0.0
         if isinstance(config.parametrization, MuP):
             decay /= multiplier
-        members.setdefault((rate * multiplier, decay), []).append(parameter)
+        mesh = getattr(parameter, "device_mesh", None)  # a fused update takes DTensors of one mesh
+        members.setdefault((rate * multiplier, decay, mesh), []).append(parameter)
     return [
-        {"params": found, "lr": own, "base_lr": own, "weight_decay": decay} for (own, decay), found in members.items()
+        {"params": found, "lr": own, "base_lr": own, "weight_decay": decay}
+        for (own, decay, _), found in members.items()
     ]
 
 

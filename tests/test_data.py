@@ -96,9 +96,9 @@ def test_texts_at_rest_are_not_read_again_and_changed_ones_are(
 
 def test_cache_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SCANTLING_CACHE", str(tmp_path / "here"))
-    assert default_cache_dir() == tmp_path / "here"
+    assert default_cache_dir() == tmp_path / "here" / "data-2"
     monkeypatch.delenv("SCANTLING_CACHE")
-    assert default_cache_dir() == Path.home() / ".cache" / "scantling"
+    assert default_cache_dir() == Path.home() / ".cache" / "scantling" / "data-2"
 
 
 # --- mixtures ------------------------------------------------------------------------------------------------------

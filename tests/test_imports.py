@@ -38,7 +38,7 @@ LAYERS = [
     ["planning"],
     ["reporting"],
     ["show"],
-    ["model"],
+    ["model", "placement"],
     ["device", "profile", "progress", "checkpoint", "optim", "average", "trackers"],
     ["evaluate"],
     ["training", "generate", "coordinates"],

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scantling.data import default_cache_dir
+from scantling.data import cache_root
 from scantling.errors import RunError
 from scantling.files import write_json
 from scantling.model.decoder import Decoder
@@ -79,7 +79,7 @@ def prepare_for_decoding(
         processor: the name under which measurements on a CPU are remembered.
         cache_dir: where they are; default `$SCANTLING_CACHE` or `~/.cache/scantling`.
     """
-    known = Thresholds((cache_dir or default_cache_dir()) / FILE, processor) if threshold is None else None
+    known = Thresholds((cache_dir or cache_root()) / FILE, processor) if threshold is None else None
 
     def convert(module: nn.Module) -> nn.Module:
         twin = _twin(module, {name: convert(child) for name, child in module.named_children()})

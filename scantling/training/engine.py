@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 
 from scantling.config import RunConfig
-from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, processor, use_float32
+from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, matmul_ceiling, processor, use_float32
 from scantling.errors import InputError
 from scantling.evaluate import autocast
 from scantling.files import write_json
 from scantling.memory import fit_micro_batch, memory_settings
-from scantling.model import Decoder
+from scantling.model import Decoder, build
 from scantling.model.attention import Attention, attend
 from scantling.recipe import Precision
 from scantling.spec import LayerSpec, ModelSpec
@@ -63,6 +63,10 @@ def choose(config: RunConfig, folder: Path, world: World) -> Engine:
     Raises:
         InputError: the file is damaged, or the model does not fit into memory (need and have are told).
     """
+    return world.agree(lambda: _kept_or_chosen(config, folder, world))
+
+
+def _kept_or_chosen(config: RunConfig, folder: Path, world: World) -> Engine:
     hardware = processor() if world.device == "cpu" else torch.cuda.get_device_name()
     path = folder / FILE
     if path.exists():
@@ -70,9 +74,8 @@ def choose(config: RunConfig, folder: Path, world: World) -> Engine:
         if engine.device == world.device:
             return engine
         print(f"{path}: was chosen on {engine.hardware}, this is {hardware}; choosing anew", file=sys.stderr)
-    engine = chosen(config, world)
-    if world.main:
-        write_json(path, dataclasses.asdict(engine))
+    engine = _chosen(config, world)
+    write_json(path, dataclasses.asdict(engine))
     return engine
 
 
@@ -110,7 +113,9 @@ def _chosen(config: RunConfig, world: World) -> Engine:
         attention, why = fastest_attention(config.spec, train.sequence_length, precision)
         reasons.append(why)
     micro = micro_batch(config, world, precision, attention)
-    return Engine(device, hardware, precision, float32, attention, train.compile == "on", micro, tuple(reasons))
+    engine = Engine(device, hardware, precision, float32, attention, False, micro)
+    compiles, why = compiled_pays(config, engine, world)
+    return dataclasses.replace(engine, compile=compiles, reasons=(*reasons, why))
 
 
 def micro_batch(config: RunConfig, world: World, precision: Precision, attention: str) -> int:
@@ -180,6 +185,49 @@ def _attention_seconds(
     for _ in range(4):
         started = time.perf_counter()
         attend(q, k, v, layer.scale, layer.sliding_window, kernel=kernel).backward(gradient)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def compiled_pays(config: RunConfig, engine: Engine, world: World) -> tuple[bool, str]:
+    """Whether the layers shall be compiled, and why: as the recipe says, or where the time saved pays for the compilation.
+
+    Only runs longer than `COMPILE_AFTER` are measured: a forward and backward pass of one sequence or a few, both ways.
+    """
+    setting, micro = config.train.compile, engine.micro_batch_sequences
+    if setting != "auto" or config.guidance is not None:
+        return setting == "on", f"compile {setting}: " + (
+            "asked for" if setting != "auto" else "the weight of the guides changes every step"
+        )
+    seconds = config.train_flops / world.size / (0.6 * matmul_ceiling(engine.precision, engine.device))
+    if seconds < COMPILE_AFTER:
+        return False, f"compile off: the run takes less than {COMPILE_AFTER / 60:.0f} minutes"
+    model = build(config.spec, seed=0, device=engine.device)
+    apply(engine, model)
+    ids = torch.zeros(min(micro, 4), config.train.sequence_length, dtype=torch.long, device=engine.device)
+    try:
+        plain = _pass_seconds(engine, model, ids, 3)
+        for layer in model.layers:
+            layer.compile()
+        compiling = _pass_seconds(engine, model, ids, 1)
+        compiled = _pass_seconds(engine, model, ids, 3)
+    except Exception as error:  # no compiler, or a model it cannot take: the run goes on without
+        return False, f"compile off: {type(error).__name__} while trying"
+    saved = (1 - compiled / plain) * seconds
+    says = f"{plain / compiled:.2f}x as fast, {compiling:.0f} s to compile"
+    return (True, f"compile on: {says}") if saved > 2 * compiling else (False, f"compile off: {says}")
+
+
+def _pass_seconds(engine: Engine, model: Decoder, ids: torch.Tensor, times: int) -> float:
+    """Seconds of the fastest forward and backward pass."""
+    best = float("inf")
+    for _ in range(times):
+        started = time.perf_counter()
+        with autocasting(engine):
+            loss = model.loss(ids, ids)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return best
 

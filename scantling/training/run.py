@@ -54,9 +54,14 @@ def train(config: RunConfig, out: Path, quiet: bool = False, deadline: float | N
                 print(f"{out}: done already ({record.status}, {record.tokens:,} tokens)", file=sys.stderr)
             return record
         with _memory_explained(out):
-            run = _Run(config, out, world, quiet or not world.main)
-            run.loop(ends)
-            return run.finish()
+            return _trained(config, out, world, quiet or not world.main, ends)
+
+
+def _trained(config: RunConfig, out: Path, world: World, quiet: bool, ends: float | None) -> RunRecord:
+    """From the newest checkpoint to the record. Nothing of the run outlives the call: its end can close the processes' ties."""
+    run = _Run(config, out, world, quiet)
+    run.loop(ends)
+    return run.finish()
 
 
 def profile(config: RunConfig) -> Profile:
@@ -189,6 +194,8 @@ class _Run:
             best = state.note_validation(step, row["val/loss"]) and train.keep_best
         if evaluates or decision != "ok" or step % max(1, config.steps // 1000) == 0 or step == config.steps:
             self.metrics.write(row)
+        if step == config.steps:
+            self._end_of_guidance()  # which the last step may have been part of
         if best or step % train.checkpoint_every == 0 or step == config.steps or wanted:
             save(config, self.out, self.stepper, state)
         self.clock = time.perf_counter()  # evaluations and checkpoints are not training time
@@ -203,20 +210,20 @@ class _Run:
     def _roll_back(self) -> None:
         """The state of the last checkpoint, with the data since then passed over and the events kept."""
         state = self.state
-        past = self.config.sequences(state.watch.events[-1]["step"] - 1)
+        failed = state.watch.events[-1]["step"]
         watch, shift, seconds = state.watch, state.shift, state.seconds
         self.stepper.begin_again()
         self.state, _ = restore(self.config, self.out, self.stepper)
-        first = self.config.sequences(self.state.step)[0]
+        past = self.config.tokens_after(failed) - self.config.tokens_after(self.state.step)
         self.state.watch.events = watch.events
-        self.state.shift = shift + sum(past) - first
+        self.state.shift = shift + past // self.config.train.sequence_length
         self.state.seconds = seconds
 
     def _validate(self) -> dict[str, float]:
         train, stepper = self.config.train, self.stepper
         average = stepper.average.swapped(stepper.model) if stepper.average else nullcontext()
         with average:
-            return validation(
+            found = validation(
                 stepper.model,
                 self.dataset,
                 train.sequence_length,
@@ -225,6 +232,7 @@ class _Run:
                 self.engine.precision,
                 document_mask=train.document_mask,
             )
+        return self.world.agree(lambda: found)
 
     # --- the record ------------------------------------------------------------------------------------------------
 
@@ -234,8 +242,9 @@ class _Run:
         tokens = config.tokens_after(state.step)
         final: dict[str, float] = {}
         if not state.diverged:
-            mean = sum(state.tail) / len(state.tail) if state.tail else math.nan
-            final = {"train_loss": mean, **self._validate()}
+            tail = state.tail or state.watch.losses[-1:]  # the last steps may all have been left out
+            final = {**({"train_loss": sum(tail) / len(tail)} if tail else {}), **self._validate()}
+            state.note_validation(state.step, final["validation_loss"])
         if state.best is not None and train.keep_best:
             final |= {"best_validation_loss": state.best[1], "best_step": float(state.best[0])}
         diverged = state.diverged or not all(math.isfinite(value) for value in final.values())

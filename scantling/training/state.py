@@ -1,5 +1,6 @@
 """What a run in progress is beside its configuration, and how it gets into and out of checkpoints."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,11 @@ from scantling import checkpoint
 from scantling.checkpoint import AVERAGE, GUIDES, MODEL, OPTIMIZER
 from scantling.config import RunConfig
 from scantling.errors import InputError
+from scantling.files import explained
 from scantling.model.guided import plain_name
 from scantling.recipe import Guard
 from scantling.training.guard import Watch
+from scantling.training.parallel import World
 from scantling.training.step import Stepper
 
 
@@ -39,7 +42,7 @@ class State:
 
     def note_validation(self, step: int, loss: float) -> bool:
         """Keep a validation loss if it is the best so far, and say whether it is."""
-        if self.best is not None and not loss < self.best[1]:
+        if not loss < (self.best[1] if self.best is not None else math.inf):  # never NaN
             return False
         self.best = (step, loss)
         return True
@@ -84,16 +87,34 @@ def save(config: RunConfig, out: Path, stepper: Stepper, state: State) -> None:
         GUIDES: guides,
     }
     protected = {state.best[0]} if state.best is not None and config.train.keep_best else set()
-    checkpoint.save(
-        out / "checkpoints",
-        state.step,
-        config.spec,
-        tensors,
-        {"run_hash": config.hash, "data": stepper.dataset.fingerprint, **state.to_json()},
-        keep=config.train.keep_last,
-        protected=protected,
-    )
+    if stepper.world.main:
+        checkpoint.save(
+            out / "checkpoints",
+            state.step,
+            config.spec,
+            tensors,
+            {"run_hash": config.hash, "data": stepper.dataset.fingerprint, **state.to_json()},
+            keep=config.train.keep_last,
+            protected=protected,
+            write=stepper.world.write,
+        )
+    else:
+        with explained(out / "checkpoints"):
+            for group in tensors.values():
+                if group:
+                    stepper.world.write(group, None)
     state.saved = state.step
+
+
+def _newest(root: Path, world: World) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint that the main process takes for the newest whole one, and what it passed over."""
+    found, passed = checkpoint.load_latest(root) if world.main else (None, [])
+    folder, passed = world.agree(lambda: (found.folder if found else None, passed))
+    if not world.main:
+        return checkpoint.load(folder) if folder else None, passed
+    for sentence in passed:
+        print(sentence, file=sys.stderr)
+    return found, passed
 
 
 def restore(config: RunConfig, out: Path, stepper: Stepper) -> tuple[State, list[str]]:
@@ -102,9 +123,7 @@ def restore(config: RunConfig, out: Path, stepper: Stepper) -> tuple[State, list
     Raises:
         InputError: the checkpoint belongs to another run.
     """
-    found, passed = checkpoint.load_latest(out / "checkpoints")
-    for sentence in passed:
-        print(sentence, file=sys.stderr)
+    found, passed = _newest(out / "checkpoints", stepper.world)
     if found is None:
         return State(Watch(config.train.guard)), passed
     if found.state.get("run_hash") != config.hash:

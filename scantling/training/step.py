@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,6 +126,7 @@ class Stepper:
             if self.guided:
                 set_guides(self.model, alpha, train.seed, step, number)
             inputs, labels, documents = batch
+            torch.manual_seed(noise_seed(train.seed, step, number, self.world.data_rank))
             with self.world.accumulating(last=number == len(parts) - 1):
                 with engines.autocasting(engine):
                     mean = self.loss(inputs, labels, documents, train.z_loss) / labels.numel()
@@ -148,6 +150,11 @@ class Stepper:
             return
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+
+
+def noise_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """The seed of what a model draws in one pass (`gaussian` transitions), so that a resumed run draws the same."""
+    return int(np.random.SeedSequence([seed, step, micro_batch, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Loader:
