@@ -2,8 +2,9 @@
 
 The other side is written from its description (arXiv 2404.10102 and its notebook, "replicate exactly"): starts alpha, beta in
 {0, .5, 1, 1.5, 2}, e in {-1, -.5, 0, .5, 1}, a, b in {0, 5, .., 25}; SciPy's L-BFGS-B with default tolerances and
-finite-difference gradients on the sum of Huber losses, its exponentials added plainly, which is quicker than SciPy's logsumexp. The bootstrap's other side runs SciPy's BFGS once per resample, from the
-optimum of all rows: with finite differences, and, harder to beat than anything in use, with exact gradients written by hand.
+finite-difference gradients on the sum of Huber losses, its exponentials added plainly, which is quicker than SciPy's logsumexp.
+The bootstrap's other side runs SciPy's BFGS once per resample, from the optimum of all rows: with finite differences, and,
+harder to beat than anything in use, with exact gradients written by hand.
 """
 
 import itertools
@@ -40,7 +41,9 @@ def kept() -> pd.DataFrame:
 def objective(x: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_loss: np.ndarray) -> float:
     """Sum of Huber losses of log residuals at (a, b, e, alpha, beta)."""
     a, b, e, alpha, beta = x
-    return float(np.sum(huber(DELTA, log_loss - np.log(np.exp(a - alpha * log_n) + np.exp(b - beta * log_d) + np.exp(e)))))
+    return float(
+        np.sum(huber(DELTA, log_loss - np.log(np.exp(a - alpha * log_n) + np.exp(b - beta * log_d) + np.exp(e))))
+    )
 
 
 def with_gradient(

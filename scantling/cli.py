@@ -246,6 +246,7 @@ def fit(
     unit: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     separator: str | None = None,
     also_params: Annotated[tuple[str, ...], Parameter(negative=())] = (),
+    error: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     compare: str | None = None,
     baseline: str | None = None,
     count: Literal["total", "non_embedding"] = "total",
@@ -277,6 +278,7 @@ def fit(
         unit: Unit of a column: N=M, D=B, loss=bits, loss=perplexity. Repeatable.
         separator: Between the entries of a table; default a comma in .csv, a tab in .tsv.
         also_params: Another column of parameter counts, for the sensitivity table. Repeatable.
+        error: Column of task errors: a law from loss to it goes with the law of loss. Repeatable.
         compare: Column of families: fit each, and the loss-matched saving between them.
         baseline: The family that the others are compared with; default the first.
         count: For a study folder: the parameters that N counts.
@@ -287,7 +289,7 @@ def fit(
     from scantling import show
     from scantling.compare import compare_families, read_rows, select
     from scantling.files import write_json
-    from scantling.laws import clean
+    from scantling.laws import clean, with_errors
     from scantling.laws import extrapolate as fit_ahead
     from scantling.laws import fit as fit_law
 
@@ -317,6 +319,7 @@ def fit(
         law_fit = fit_ahead(rows, **settings)
     else:
         law_fit = fit_law(rows, **settings, **chosen)
+    law_fit = with_errors(law_fit, rows, loss, error)
     if out is not None:
         write_json(out, law_fit.to_json())
     _print(show.law_json(law_fit)) if json_ else show.law(law_fit)

@@ -112,6 +112,8 @@ def compare_families(rows: pd.DataFrame, column: str, baseline: str | None, sett
         raise InputError(f"--compare {column}: expected at least two families, got only {names[0]!r}")
     names = [first, *(name for name in names if name != first)]
     laws = {name: fit(rows[rows[column].astype(str) == name], **settings) for name in names}
+    if not {"cell", "run"} & set(rows.columns):
+        rows = rows.assign(run=[f"row {i + 1}" for i in range(len(rows))])
     path = "tokens_per_parameter" if "tokens_per_parameter" in rows.columns else None
     savings = tuple(
         saving(

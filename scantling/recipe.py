@@ -239,7 +239,7 @@ class Parallel(Frozen):
 
 Precision = Literal["float32", "bfloat16"]
 # Settings that decide nothing about the resulting weights beyond rounding, and may change between two starts of one run.
-UNHASHED = frozenset({"checkpoint_every", "keep_last", "keep_best", "compile", "parallel", "trackers"})
+UNHASHED = frozenset({"checkpoint_every", "keep_last", "keep_best", "compile", "deterministic", "parallel", "trackers"})
 
 
 class TrainConfig(Frozen):
@@ -260,6 +260,7 @@ class TrainConfig(Frozen):
         precision: `float32`; `bfloat16` (autocast; weights and optimizer stay float32); `auto`: bfloat16 where the device
             computes in it, decided at the first start and recorded.
         compile: torch.compile; `auto` takes it for runs long enough that a measured gain pays for the compilation.
+        deterministic: only algorithms that give the same bits every time; a CPU has no others, a GPU is slower with them.
         guide: self-guided training of structured feed-forwards.
         guard: what to do when a step goes wrong.
         parallel: how the processes of torchrun share the work.
@@ -285,6 +286,7 @@ class TrainConfig(Frozen):
     document_mask: bool = False
     precision: Precision | Literal["auto"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
     guide: SelfGuided | None = None
     guard: Guard = Guard()
     parallel: Parallel = Parallel()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scantling.costing import Cost
@@ -245,14 +246,15 @@ def law(law: LawFit, name: str = "law") -> None:
     columns = ["parameter", "value", "95 % interval"]
     columns += ["95 % profile"] if law.profiles else []
     columns += ["without any one run"] if law.left_out else []
-    table = _table(f"{name}: {law.predicts} = {law.formula.text}", *columns)
+    table = _table(escape(f"{name}: {law.predicts} = {law.formula.text}"), *columns)
     for key, value in law.params.items():
         interval = intervals[key]
         held = "held" if key in law.fixed else f"= {law.ties[key]}" if key in law.ties else ""
+        held = "at its bound" if key in law.at_bound and interval is None else held
         cells = [held or ("-" if interval is None else _ends(*interval))]
         cells += [_ends(*law.profiles[key]) if key in law.profiles else ""] if law.profiles else []
         cells += [_ends(*law.left_out[key]) if key in law.left_out and not held else ""] if law.left_out else []
-        table.add_row(key, f"{value:.6g}", *cells)
+        table.add_row(escape(key), f"{value:.6g}", *map(escape, cells))
     console.print(table)
     facts = [f"{law.n} rows" + (f" of {law.n_runs} runs" if law.n_runs != law.n else "")] if law.n else []
     if law.objective_value is not None:
@@ -270,6 +272,8 @@ def law(law: LawFit, name: str = "law") -> None:
             )
     console.print("; ".join(facts) or law.source)
     console.print(f"intervals: {law.bootstrap}")
+    for error, chained in law.downstream.items():
+        console.print(f"{error} = {chained.epsilon:.4g} - {chained.k:.4g} exp(-{chained.gamma:.4g} loss)")
     for item in law.holdouts:
         ratio = "" if item.compute_ratio is None else f", {item.compute_ratio:.2g} x the fit's compute"
         console.print(
@@ -281,7 +285,7 @@ def law(law: LawFit, name: str = "law") -> None:
     if law.sensitivity:
         _sensitivity_table(law)
     for warning in law.warnings:
-        console.print(f"warning: {warning}")
+        console.print(escape(f"warning: {warning}"))
 
 
 def _ends(low: float | None, high: float | None) -> str:
@@ -338,13 +342,19 @@ def _estimate(item: Estimate) -> dict[str, float | None]:
 
 
 def prediction_json(law: LawFit, params: float, tokens: float, level: float) -> dict[str, Any]:
-    """L(N, D) with interval."""
+    """L(N, D) with interval, and the task errors chained to it; their interval is that of the loss alone."""
     found = law.predict(params, tokens, level)
     low = None if found.low is None else float(found.low)
     high = None if found.high is None else float(found.high)
+    errors = {
+        name: {key: None if x is None else float(chained.error(x)) for key, x in
+               (("value", float(found.value)), ("low", low), ("high", high))}
+        for name, chained in law.downstream.items()
+    }  # fmt: skip
     return {
         "value": float(found.value), "low": low, "high": high, "level": level, "params": params, "tokens": tokens,
-        "flops": 6 * params * tokens, "conventions": dict(law.conventions), "notes": list(found.notes), "source": law.source,
+        "flops": 6 * params * tokens, "errors": errors, "conventions": dict(law.conventions), "notes": list(found.notes),
+        "source": law.source,
     }  # fmt: skip
 
 
@@ -382,6 +392,11 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
         console.print(f"{name}: {answer['predicts']} {format_count(answer['value'], 4)}{ends}")
     else:
         console.print(f"{name}: loss {answer['value']:.4f} nats/token{interval}")
+    for error, item in answer.get("errors", {}).items():
+        spread = (
+            "" if item["low"] is None else f" ({item['low']:.4f} to {item['high']:.4f} from the interval of the loss)"
+        )
+        console.print(f"  {error}: {item['value']:.4f}{spread}")
     if "optimal_params" in answer:
         for label, key in (
             ("parameters", "optimal_params"),
@@ -392,7 +407,7 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
             spread = "" if item["low"] is None else f" ({format_count(item['low'])} to {format_count(item['high'])})"
             console.print(f"  {label}: {format_count(item['value'], 4)}{spread}")
     for note in answer["notes"]:
-        console.print(f"note: {note}")
+        console.print(escape(f"note: {note}"))
 
 
 # --- plans -------------------------------------------------------------------------------------------------------------
@@ -460,4 +475,4 @@ def coordinates(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(found["verdict"])
     for warning in found["warnings"]:
-        console.print(f"warning: {warning}")
+        console.print(escape(f"warning: {warning}"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scantling.laws.cleaning import clean
-    from scantling.laws.downstream import fit_downstream
+    from scantling.laws.downstream import fit_downstream, with_errors
     from scantling.laws.evidence import (
         Certificate,
         Estimate,
@@ -59,6 +59,7 @@ _HOMES = {
     "read_table": "scantling.laws.tables",
     "saving": "scantling.laws.savings",
     "to_overtraining": "scantling.laws.forms",
+    "with_errors": "scantling.laws.downstream",
 }
 __all__ = [
     "Certificate",
@@ -86,6 +87,7 @@ __all__ = [
     "read_table",
     "saving",
     "to_overtraining",
+    "with_errors",
 ]
 
 

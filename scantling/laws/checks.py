@@ -264,9 +264,9 @@ def doubts(rows: Rows, solved: Solved, law: str) -> list[str]:
                 f"{name} = {value:.3g} is outside the usual {EXPONENTS[0]} to {EXPONENTS[1]}: it is not identified"
             )
     constant = problem.formula.constant
-    if constant in free:
+    if constant in free or constant in solved.at_bound:
         said += _doubt_floor(rows, solved, str(constant))
-    for name in solved.at_bound:
+    for name in (name for name in solved.at_bound if name != constant):
         said.append(
             f"{name} = {estimate[name]:.4g} is at its bound: the rows would have it beyond; intervals are one-sided"
         )
@@ -305,8 +305,10 @@ def _few_levels(rows: Rows, tied: bool) -> list[str]:
 def _doubt_floor(rows: Rows, solved: Solved, name: str) -> list[str]:
     """Whether E is identified: a likelihood-ratio test (95%) against E = 0, and E against the losses seen."""
     value = solved.estimate[name]
-    if 1e-3 * rows.loss.min() > value:
-        return [f"{name} runs to zero ({value:.2g}): it is not identified; fix it or add larger models"]
+    if name in solved.at_bound or 1e-3 * rows.loss.min() > value:
+        return [
+            f"{name} runs to zero: it is not identified, and the intervals do without it; fix it or add larger models"
+        ]
     if rows.loss.min() < value:
         return [f"{name} = {value:.4g} lies above the lowest observed loss {rows.loss.min():.4g}"]
     try:

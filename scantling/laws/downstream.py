@@ -1,11 +1,17 @@
-"""Fitting the law from loss to task error."""
+"""Fitting the law from loss to task error, and chaining it to a law of loss."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from scipy.optimize import least_squares
 
 from scantling.errors import InputError
 from scantling.laws.forms import Downstream, Floats, as_floats
+from scantling.laws.lawfit import LawFit
+from scantling.laws.tables import numeric_column
 
 
 def fit_downstream(loss: npt.ArrayLike, error: npt.ArrayLike) -> Downstream:
@@ -35,3 +41,17 @@ def fit_downstream(loss: npt.ArrayLike, error: npt.ArrayLike) -> Downstream:
     found = least_squares(residuals, np.ones(3), method="lm", max_nfev=10_000, xtol=1e-14, ftol=1e-14, gtol=1e-14)
     k, gamma, epsilon = (float(value) for value in found.x)
     return Downstream(epsilon=epsilon, k=k, gamma=gamma)
+
+
+def with_errors(law: LawFit, table: pd.DataFrame, loss: str, errors: Sequence[str]) -> LawFit:
+    """The law of loss together with a law from loss to each column of task errors, fitted to the rows that have both.
+
+    Raises:
+        InputError: a column is missing, or fewer than three rows have a loss and an error.
+    """
+    found = dict(law.downstream)
+    for name in errors:
+        x, y = numeric_column(table, loss, "loss"), numeric_column(table, name, "error")
+        both = np.isfinite(x) & np.isfinite(y)
+        found[name] = fit_downstream(x[both], y[both])
+    return replace(law, downstream=found) if errors else law

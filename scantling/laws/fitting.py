@@ -162,8 +162,15 @@ def fit(
     if checks:
         for name, column in (also or {}).items():
             swapped = sources | ({"N": column} if "N" in sources else {})
+            gone = [made for made in ("C", "M") if sources.get(made) == made and made in table.columns]
             others[f"N counted as {name}"] = usable_rows(
-                table, swapped, loss=loss, weights=weights, clusters=clusters, groups=groups, sizes=(column, tokens)
+                table.drop(columns=gone),
+                swapped,
+                loss=loss,
+                weights=weights,
+                clusters=clusters,
+                groups=groups,
+                sizes=(column, tokens),
             )[0]
     absolute = float(np.sum(rows.weight * np.abs(residuals)))
     return LawFit(

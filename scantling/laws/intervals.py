@@ -132,7 +132,7 @@ def _resolved(
     problem, start = solved.problem, solved.minimum.theta
     theta = start + wider * (resample(solved.design, losses, weights, target, start) - start)
     for name, (low, high) in problem.bounds.items():
-        if name not in solved.names:
+        if name not in solved.layout.free:
             continue
         column = solved.names.index(name)
         for edge, beyond in ((low, np.less), (high, np.greater)):
@@ -141,7 +141,7 @@ def _resolved(
             if not np.isfinite(edge) or not out.any():
                 continue
             index = solved.layout.free.index(name)
-            where, design = place(rows, problem, centre=False)
+            where, design = place(rows, solved.actual, centre=False)
             start = _uncentred(solved, theta[out])
             start[:, index] = edge if solved.design.exponent[index] else np.log(max(edge, 1e-300))
             hold = np.arange(len(where.free)) == index
@@ -178,7 +178,7 @@ def profiles(solved: Solved, rows: Rows, residuals: Floats) -> tuple[Profile, ..
     if len(rows.loss) <= free + 1 or len(rows.loss) > LARGE:
         return ()
     target = smoothed(solved.problem.target, residuals)
-    _, design = place(rows, solved.problem, centre=False)
+    _, design = place(rows, solved.actual, centre=False)
     best, lowest = refine(design, rows.loss, rows.weight, target, _uncentred(solved, solved.minimum.theta[None]))
     scale = 2 * _information(solved, rows, residuals, target, free)
     inside = share_inside(solved, rows, residuals, target)

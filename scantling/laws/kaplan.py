@@ -100,7 +100,7 @@ def fit_kaplan(
         n_runs=number,
         residual_sd=residual_sd(residuals, free) if len(residuals) > free else None,
         certificate=Certificate(
-            gradient=starts[best].gradient, starts=len(GRID) * starts[best].starts, agreeing=starts[best].agreeing,
+            gradient=starts[best].gradient, starts=starts[best].starts, agreeing=starts[best].agreeing,
             condition=design.condition(theta[0], rows.weight),
         ),
         fingerprint=rows.fingerprint,

@@ -135,14 +135,18 @@ class LawFit:
     def intervals(self, level: float = 0.95) -> dict[str, tuple[float, float] | None]:
         """Percentile interval of each parameter from the draws; a source's own 95% interval when there are no draws.
 
-        Fixed parameters have none. Marginal intervals must not be combined: A and alpha are correlated above 0.999.
+        Fixed parameters have none, nor those that every draw has at a bound. Marginal intervals must not be combined: A
+        and alpha are correlated above 0.999.
         """
         if self.draws is None:
             given = self.stated_intervals if level == 0.95 else {}
             return {name: given.get(name) for name in self.params}
         low, high = _percentiles(self.draws, level)
         return {
-            name: None if name in self.fixed else (float(low[i]), float(high[i])) for i, name in enumerate(self.params)
+            name: None
+            if name in self.fixed or (name in self.at_bound and low[i] == high[i])
+            else (float(low[i]), float(high[i]))
+            for i, name in enumerate(self.params)
         }
 
     def covariance(self) -> "pd.DataFrame | None":
@@ -162,7 +166,7 @@ class LawFit:
         exponents, constant = self.formula.exponents, self.formula.constant
         for i, name in enumerate(self.params):
             copied = name in self.ties or (self.tied and self.law == "chinchilla" and name == "beta")
-            if name not in self.fixed and not copied:
+            if name not in (*self.fixed, *self.at_bound) and not copied:
                 log = base_of(name) not in (*exponents, constant)
                 columns[f"log_{name}" if log else name] = np.log(self.draws[:, i]) if log else self.draws[:, i]
         import pandas as pd

@@ -15,6 +15,7 @@ from scantling.laws.forms import Floats
 EXPONENTS = (0.05, 1.2)  # the range of exponents searched for starts
 CELLS = 400_000  # numbers held at once per array when a batch is cut into pieces (what the processor's cache holds)
 THIN = 4000  # rows on which the starts of a large table are chosen and refined
+SCREEN = 1000  # rows on which the grid of exponents is compared
 GRID = 576  # pairs (or triples, ...) of exponents tried for starts
 ANNEAL = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
@@ -53,7 +54,8 @@ def minimise(
     """
     keep = _thinned(len(loss))
     some = design.rows(keep)
-    theta = starting_points(some, loss[keep], weights[keep])
+    few = keep[:: max(1, len(keep) // SCREEN)]
+    theta = starting_points(design.rows(few), loss[few], weights[few])
     if guesses is not None:
         theta = np.concatenate([theta, guesses])
     stages = [Objective(d, objective.raw) for d in ANNEAL if d > objective.delta] + [objective]
@@ -162,17 +164,17 @@ def starting_points(design: Design, loss: Floats, weights: Floats, count: int = 
 
     shape = np.exp(np.einsum("knp,gp->gkn", design.terms[:, :, exponent], grid) + design.offset)
     member = design.terms[:, :, ~exponent]
-    columns = np.einsum("gkn,knc->gnc", shape, member)
+    columns = np.matmul(shape.transpose(2, 0, 1), member.transpose(1, 0, 2)).transpose(1, 0, 2)
     constant = np.einsum("gkn,kn->gn", shape, 1 - member.sum(-1))
     root = np.sqrt(weights) / loss
     x, y = columns * root[:, None], (loss - constant) * root
-    gram = np.einsum("gnc,gnd->gcd", x, x)
+    gram = np.matmul(x.transpose(0, 2, 1), x)
     ridge = 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(gram.shape[-1])
-    right = np.einsum("gnc,gn->gc", x, y)
+    right = np.matmul(x.transpose(0, 2, 1), y[..., None])[..., 0]
     solved = _non_negative(gram + ridge + 1e-300, right)
     smallest = 1e-4 / np.maximum(columns.mean(1), 1e-300) * loss.mean()
     solved = np.maximum(solved, smallest)  # a prefactor must be positive: such starts rank by what they then miss
-    missed = np.sum((np.einsum("gnc,gc->gn", x, solved) - y) ** 2, -1)
+    missed = np.sum((np.matmul(x, solved[..., None])[..., 0] - y) ** 2, -1)
 
     chosen: list[int] = []
     for candidate in np.argsort(missed, kind="stable"):

@@ -15,6 +15,7 @@ from scantling.laws.newton import Minimum, minimise
 from scantling.laws.rows import Rows, levels
 
 SINGULAR = 1e6  # condition number of the Jacobian beyond which the rows cannot separate the parameters
+NOTHING = 1e-6  # a constant below this share of the lowest loss has run to zero, its bound
 MOST_BOUNDED = 4  # bounded parameters: every way they can sit at a bound is tried
 
 
@@ -47,7 +48,8 @@ class Solved:
     """A minimum with what is needed to turn its vector into the law's parameters.
 
     Attributes:
-        problem: what was solved.
+        problem: what was asked.
+        actual: the same with the parameters at a bound held there; what the vector belongs to.
         layout: where each parameter sits.
         design: the terms on the rows.
         minimum: the best of the starts.
@@ -55,6 +57,7 @@ class Solved:
     """
 
     problem: Problem
+    actual: Problem
     layout: Layout
     design: Design
     minimum: Minimum
@@ -80,17 +83,19 @@ class Solved:
         return np.asarray(self.design.log_prediction(self.minimum.theta[None])[0], dtype=np.float64)
 
 
-def solve(rows: Rows, problem: Problem, *, refuse: bool = True) -> Solved:
+def solve(rows: Rows, problem: Problem) -> Solved:
     """The fit itself.
 
     Raises:
-        InputError: the rows cannot identify the law, or it does not describe them (with `refuse`).
+        InputError: the rows cannot identify the law, or it does not describe them.
     """
-    if refuse:
-        refuse_few(rows, problem)
+    refuse_few(rows, problem)
     best = _bounded(rows, problem) if problem.bounds else _free(rows, problem)
-    if not refuse:
-        return best
+    constant = problem.formula.constant
+    if constant in best.layout.free and best.estimate[constant] < NOTHING * rows.loss.min():
+        without = best.actual.with_fixed(**{constant: 0.0})
+        one = _bounded(rows, without) if without.bounds else _free(rows, without)
+        best = Solved(problem, one.actual, one.layout, one.design, one.minimum, (*one.at_bound, constant))
     free = best.layout.free
     if free and best.design.condition(best.minimum.theta, rows.weight) > SINGULAR:
         raise InputError(
@@ -121,7 +126,7 @@ def place(rows: Rows, problem: Problem, *, centre: bool = True) -> tuple[Layout,
 
 def _free(rows: Rows, problem: Problem) -> Solved:
     where, design = place(rows, problem)
-    return Solved(problem, where, design, minimise(design, rows.loss, rows.weight, problem.target))
+    return Solved(problem, problem, where, design, minimise(design, rows.loss, rows.weight, problem.target))
 
 
 def _bounded(rows: Rows, problem: Problem) -> Solved:
@@ -137,7 +142,7 @@ def _bounded(rows: Rows, problem: Problem) -> Solved:
             continue
         one = _free(rows, problem.with_fixed(**held))
         if not _outside(one, problem.bounds):
-            found.append(Solved(one.problem, one.layout, one.design, one.minimum, tuple(held)))
+            found.append(Solved(problem, one.problem, one.layout, one.design, one.minimum, tuple(held)))
     if not found:
         raise InputError(f"bounds: no fit lies within {', '.join(names)}; widen them")
     return min(found, key=lambda one: one.minimum.value)

@@ -201,7 +201,8 @@ def _certainty(name: str, law: LawFit) -> str:
 def _parameter(law: LawFit, name: str) -> Html:
     value = f"<b>{significant(law.params[name], 4)}</b>"
     interval = law.intervals()[name]
-    below = "held" if name in law.fixed else "no interval" if interval is None else span(*interval)
+    none = "at its bound" if name in law.at_bound else "no interval"
+    below = "held" if name in law.fixed else none if interval is None else span(*interval)
     return Html(f"{value}<br><small>{below}</small>")
 
 

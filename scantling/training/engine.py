@@ -5,7 +5,7 @@ A resumed run takes the choices from there, so that a second measurement cannot 
 
 import ctypes
 import dataclasses
-import json
+import os
 import platform
 import sys
 import time
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from scantling.config import RunConfig
 from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, matmul_ceiling, processor, use_float32
@@ -23,6 +24,7 @@ from scantling.files import write_json
 from scantling.memory import fit_micro_batch, memory_settings
 from scantling.model import Decoder, build
 from scantling.model.attention import Attention, attend
+from scantling.parts import Size
 from scantling.recipe import Precision
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.training.parallel import World
@@ -44,8 +46,11 @@ class Engine:
         attention: kernel in training, see `model.attention.attend`.
         compile: whether layers are compiled.
         micro_batch_sequences: sequences of one forward and backward pass on one device.
+        deterministic: only deterministic algorithms.
         reasons: why, in sentences, for the record.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     device: Literal["cpu", "cuda"]
     hardware: str
@@ -53,7 +58,8 @@ class Engine:
     float32_matmul: str
     attention: Literal["block", "fused"]
     compile: bool
-    micro_batch_sequences: int
+    micro_batch_sequences: Size
+    deterministic: bool = False
     reasons: tuple[str, ...] = ()
 
 
@@ -81,10 +87,13 @@ def _kept_or_chosen(config: RunConfig, folder: Path, world: World) -> Engine:
 
 def _read(path: Path) -> Engine:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Engine(**{**found, "reasons": tuple(found["reasons"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not an engine file ({error}); delete it to choose anew") from None
+        return TypeAdapter(Engine).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            fault = error.errors(include_url=False)[0]
+            why = ": ".join([*(str(part) for part in fault["loc"]), fault["msg"]])
+        raise InputError(f"{path}: not an engine file ({why}); delete it to choose anew") from None
 
 
 def chosen(config: RunConfig, world: World) -> Engine:
@@ -113,7 +122,7 @@ def _chosen(config: RunConfig, world: World) -> Engine:
         attention, why = fastest_attention(config.spec, train.sequence_length, precision)
         reasons.append(why)
     micro = micro_batch(config, world, precision, attention)
-    engine = Engine(device, hardware, precision, float32, attention, False, micro)
+    engine = Engine(device, hardware, precision, float32, attention, False, micro, train.deterministic)
     compiles, why = compiled_pays(config, engine, world)
     return dataclasses.replace(engine, compile=compiles, reasons=(*reasons, why))
 
@@ -237,6 +246,9 @@ def apply(engine: Engine, model: Decoder) -> None:
     use_float32(engine.float32_matmul)
     if engine.device == "cpu":
         keep_freed_memory()
+    elif engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+        torch.use_deterministic_algorithms(True)
     for module in model.modules():
         if isinstance(module, Attention):
             module.kernel = engine.attention

@@ -7,21 +7,27 @@ each process's own share, as if these shares were micro-batches of one process t
 training draws once per micro-batch, the same in all processes.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial, wraps
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +38,7 @@ from scantling.config import RunConfig
 from scantling.errors import InputError, RunError, ScantlingError
 from scantling.model import Decoder
 from scantling.model.guided import is_guide
+from scantling.model.norm import Norm
 from scantling.parts import DenseFFN
 from scantling.placement import local
 from scantling.recipe import Muon, Precision
@@ -39,7 +46,7 @@ from scantling.spec import ModelSpec
 
 Value = TypeVar("Value")
 WAIT = timedelta(days=1)  # for one another: the main process may be preparing data; torchrun sees the dead at once
-FAILURE = "scantling/failure"  # the store's key for the rank and exit code of the first process that failed
+STARTS = count()  # one process may train several runs, one after the other
 
 
 def speaks() -> bool:
@@ -54,6 +61,7 @@ class World:
         size: processes of the run.
         main: whether this process writes files and speaks.
         device: where it computes.
+        building: where models are built; sharded ones move to the device layer by layer.
         data_rank, data_size: which share of every batch is this process's.
         shards: processes that share weights, gradients and optimizer state.
         processes_here: processes on this machine that share its memory.
@@ -62,6 +70,7 @@ class World:
     def __init__(self) -> None:
         self.main = True
         self.device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+        self.building: str = self.device
         self.size = 1
         self.data_rank, self.data_size, self.shards, self.processes_here = 0, 1, 1, 1
 
@@ -71,7 +80,7 @@ class World:
             for layer in model.layers:
                 if "forward" not in vars(layer):
                     again = partial(recomputed, layer.forward, use_reentrant=False, preserve_rng_state=False)
-                    layer.forward = again  # type: ignore[assignment]
+                    layer.forward = again
 
     def loss(self, model: Decoder) -> Callable[..., Tensor]:
         """What to call for the training loss: `Decoder.total_loss`'s arguments and result."""
@@ -125,6 +134,7 @@ class Processes(World):
         self.data, self.tensor = mesh["data"], mesh["tensor"]
         self.data_rank, self.data_size = self.data.get_local_rank(), self.data.size()
         self.sharded = parallel.kind == "fsdp"
+        self.building = "cpu" if self.sharded else self.device
         self.shards = self.size if self.sharded else 1
         self.copies: DistributedDataParallel | None = None
 
@@ -133,8 +143,8 @@ class Processes(World):
     def wrap(self, model: Decoder, config: RunConfig, precision: Precision) -> None:
         """DDP around the loss, or layers, then the rest, sharded in place.
 
-        Under bfloat16 FSDP gathers the layers' weights in bfloat16 and adds gradients up in float32; tables, head and final
-        norm stay float32 and autocast does the rest, so that the residual stream is float32 as in one process.
+        Under bfloat16 FSDP gathers the layers' matrices in bfloat16 and adds their gradients up in float32; norms, tables and
+        head are gathered in float32, and autocast does the rest, so that the stream is float32 as in one process.
         """
         if self.sharded and isinstance(model, FSDPModule):
             return
@@ -146,17 +156,20 @@ class Processes(World):
             guided = any(is_guide(name) for name, _ in model.named_parameters())
             self.copies = None  # a former one takes its hooks with it
             self.copies = DistributedDataParallel(
-                _Loss(model), find_unused_parameters=guided, gradient_as_bucket_view=True, broadcast_buffers=False
+                _Loss(model), find_unused_parameters=guided, gradient_as_bucket_view=True
             )
             return
-        lower = torch.bfloat16 if precision == "bfloat16" else None
-        policy = MixedPrecisionPolicy(
-            param_dtype=lower, reduce_dtype=torch.float32 if lower else None, cast_forward_inputs=False
-        )
+        whole = lower = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if precision == "bfloat16":
+            lower = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for layer in model.layers:
-            fully_shard(layer, mesh=self.data, mp_policy=policy)
+            if lower is not whole:
+                fully_shard(
+                    [norm for norm in layer.modules() if isinstance(norm, Norm)], mesh=self.data, mp_policy=whole
+                )
+            fully_shard(layer, mesh=self.data, mp_policy=lower)
             register_fsdp_forward_method(layer, "update")
-        fully_shard(model, mesh=self.data, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(model, mesh=self.data, mp_policy=whole)
         register_fsdp_forward_method(model, "total_loss")
         model.total_loss = _resharding(model, model.total_loss)  # type: ignore[method-assign]
 
@@ -234,10 +247,10 @@ class Processes(World):
             return super().write(tensors, path)
         path = Path(self.agree(lambda: str(path)))
         parts = path.with_suffix(".parts")
-        writer = dcp.HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+        writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
         try:
-            dcp.save({name: tensor for name, tensor in tensors.items() if tensor.ndim}, storage_writer=writer)
-        except dcp.api.CheckpointException as error:
+            save_parts({name: tensor for name, tensor in tensors.items() if tensor.ndim}, storage_writer=writer)
+        except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             raise next((cause for cause in causes if isinstance(cause, OSError)), OSError(5, str(error))) from error
         if self.main:
@@ -326,9 +339,9 @@ def _indivisible(spec: ModelSpec, parts: int) -> list[str]:
             found.setdefault("ffn", f"{where} a {ffn.kind} feed-forward, expected a dense one")
         if layer.qk_norm is not None:
             found.setdefault("qk_norm", f"{where} qk_norm, whose gains all heads share; expected none")
-        for name, count in counts.items():
-            if count % parts:
-                found.setdefault(name, f"{where} {count} {name}, expected a multiple of {parts}")
+        for name, number in counts.items():
+            if number % parts:
+                found.setdefault(name, f"{where} {number} {name}, expected a multiple of {parts}")
     return list(found.values())
 
 
@@ -352,13 +365,18 @@ def started(config: RunConfig) -> Iterator[World]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
+    base, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"scantling/{next(STARTS)}", base)
+    kind = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=WAIT)
     try:
         yield Processes(config)
+        store.set(f"done/{rank}", "")  # none may hang up while another still listens
+        store.wait([f"done/{each}" for each in range(size)], WAIT)
     except Exception as error:
         code = error.exit_code if isinstance(error, ScantlingError) else 1
-        mine = f"{dist.get_rank()} {code}"
-        told = dist.distributed_c10d._get_default_store().compare_set(FAILURE, "", mine).decode()
+        mine = f"{rank} {code}"
+        told = store.compare_set("failed", "", mine).decode()
         if told != mine:
             raise SystemExit(int(told.split()[1])) from None
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -367,6 +385,7 @@ def started(config: RunConfig) -> Iterator[World]:
             ) from error
         raise
     finally:
+        gc.collect()  # a sharded model keeps its group alive, whose threads must end before the interpreter does
         dist.destroy_process_group()
 
 

@@ -73,7 +73,7 @@ def profile(config: RunConfig) -> Profile:
     with parallel.started(config) as world:
         dataset = opened_dataset(config)
         engine = engines.chosen(config, world)
-        stepper = Stepper(config, engine, world, dataset, build(config.spec, config.train.seed, world.device))
+        stepper = Stepper(config, engine, world, dataset, build(config.spec, config.train.seed, world.building))
         done = iter(range(config.steps))
         flops = config.train_flops / config.steps / world.data_size
         return profile_steps(
@@ -113,7 +113,7 @@ class _Run:
         self.engine = engines.choose(config, out, world)
         self.ceiling = matmul_ceiling(self.engine.precision, self.engine.device)
         self.table = rows(config.spec)
-        model = build(config.spec, seed=config.train.seed, device=world.device)
+        model = build(config.spec, seed=config.train.seed, device=world.building)
         self.stepper = Stepper(config, self.engine, world, self.dataset, model)
         self.state, self.warnings = restore(config, out, self.stepper)
         self.warnings += lacking_for_mup(config.spec, config.train)
@@ -146,6 +146,7 @@ class _Run:
                         waiting.clear()
                         self._roll_back()
                 if wanted and self.state.step < config.steps and not state.diverged:
+                    self.world.wait()  # until the main process has saved
                     raise RunError(
                         f"{self.out}: {wanted}, saved at step {self.state.saved}; run the same command to go on"
                     )

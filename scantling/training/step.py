@@ -87,7 +87,7 @@ class Stepper:
         """Weights, optimizers, guides and average as at the start of the run, for a restore to fill."""
         config = self.config
         remove_guides(self.model)
-        fresh = build(config.spec, seed=config.train.seed, device=self.engine.device)
+        fresh = build(config.spec, seed=config.train.seed, device=self.world.building)
         checkpoint.restore_weights(self.model, checkpoint.weights_of(fresh)[0])
         self._start()
 

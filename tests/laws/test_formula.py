@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scantling.errors import InputError
-from scantling.laws import Chinchilla, LawFit, clean, extrapolate, fit, from_overtraining
+from scantling.laws import Chinchilla, LawFit, clean, extrapolate, fit, from_overtraining, with_errors
 from scantling.laws.formula import LAWS, parse_law
 from tests.laws.ladders import MULTIPLIERS, SIZES, TIED, TRUE, grid
 
@@ -229,3 +231,28 @@ def test_clean_then_extrapolate_keeps_the_sentences() -> None:
     rows, said = clean(table)
     law = extrapolate(rows, resamples=0, checks=False, excluded=said)
     assert law.warnings[0] == said[0]
+
+
+def test_error_laws_go_with_the_law_of_loss() -> None:
+    table = grid(TIED, SIZES, MULTIPLIERS).assign(err=lambda t: 0.85 - 2.1 * np.exp(-0.75 * t.loss))
+    law = with_errors(fit(table, tied=True, resamples=0, checks=False), table, "loss", ["err"])
+    assert vars(law.downstream["err"]) == pytest.approx({"epsilon": 0.85, "k": 2.1, "gamma": 0.75}, rel=1e-5)
+    assert LawFit.from_json(law.to_json()).downstream == law.downstream
+    with pytest.raises(InputError, match="did you mean 'err'"):
+        with_errors(law, table, "loss", ["eror"])
+
+
+@settings(max_examples=settings().max_examples // 5)
+@given(
+    alpha=st.floats(0.12, 0.9), beta=st.floats(0.12, 0.9), floor=st.floats(0.5, 3.0),
+    share_n=st.floats(0.05, 2.0), share_d=st.floats(0.05, 2.0), objective=st.sampled_from(["huber", "ols", "lad"]),
+)  # fmt: skip
+def test_any_law_in_range_is_found_from_exact_rows(
+    alpha: float, beta: float, floor: float, share_n: float, share_d: float, objective: str
+) -> None:
+    """The global minimum, whatever the exponents: the terms are `share` of the floor in the middle of the grid."""
+    true = Chinchilla(A=share_n * floor * 8e7**alpha, B=share_d * floor * 4e9**beta, E=floor, alpha=alpha, beta=beta)
+    found = fit(grid(true, SIZES, MULTIPLIERS), objective=objective, resamples=0, checks=False)
+    assert found.params == pytest.approx(vars(true), rel=2e-3)
+    assert found.predict(6e9, 1.2e11).value == pytest.approx(true.loss(6e9, 1.2e11), rel=1e-4)
+    assert found.certificate is not None and found.certificate.agreeing >= 1

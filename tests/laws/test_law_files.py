@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from scantling.cli import main
 from scantling.errors import InputError
 from scantling.laws import LawFit, fit, fit_downstream, load_law, load_published, published_names
 from tests.laws.ladders import MULTIPLIERS, SIZES, TRUE, grid
@@ -164,3 +166,71 @@ def test_downstream_refusals() -> None:
         fit_downstream([3.0, 2.5, 2.2], [0.7, 0.6])
     with pytest.raises(InputError, match="finite"):
         fit_downstream([3.0, 2.5, np.nan], [0.7, 0.6, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chinchilla-epoch", "--params", "70e9", "--tokens", "1.4e12"], "loss 1.9734"),
+        (["chinchilla-epoch-huber", "--compute", "5.76e23"], "tokens per parameter: 17.92"),
+        (["heads-470m-1k", "--at", "heads=16"], "loss 2.8836"),
+        (["gqa-figure-2", "--params", "1B", "--at", "heads=8,1"], "loss 2.6136"),
+        (["overtrain-c4", "--params", "6.9B", "--tokens", "138B"], "err_avg17: 0.48"),
+    ],
+)
+def test_predict_as_typed(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["predict", *words])
+    assert end.value.code == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gqa-figure-2", "--params", "1B", "--at", "head=8,1"], "did you mean 'heads'"),
+        (["gqa-figure-2", "--params", "1B"], "got nothing; give one of them"),
+        (["heads-470m-1k", "--params", "1B"], "needs it; give a number"),
+        (["chinchilla-epoch"], "needs --params and --tokens"),
+    ],
+)
+def test_predict_refuses_in_words(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["predict", *words])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_fit_as_typed_then_predict_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way a person goes: a table, a law in groups, a prediction from its file, a page."""
+    rows = pd.concat(
+        [grid(TRUE, SIZES, MULTIPLIERS, noise=0.003, seed=s).assign(set=name) for s, name in ((0, "x"), (1, "y"))]
+    )
+    rows.rename(columns={"N": "n_params"}).to_csv(tmp_path / "runs.csv", index=False)
+    out, page = tmp_path / "law.json", tmp_path / "page.html"
+    equation = "E + A[set]*N^-alpha + B*D^-beta"
+    for words in (
+        [
+            "fit",
+            str(tmp_path / "runs.csv"),
+            "--params",
+            "n_params",
+            "--law",
+            equation,
+            "--resamples",
+            "50",
+            "--out",
+            str(out),
+        ],
+        ["predict", str(out), "--params", "1B", "--tokens", "20B", "--at", "set=y"],
+        ["report", str(out), "--out", str(page)],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for text in ("A[x]", "A[y]", "95 % profile", "dearest 50% of the rows", "equal exponents", "loss 2."):
+        assert text in printed
+    html = page.read_text(encoding="utf-8")
+    for text in ("A[x]", "Sensitivity: law", "How sure: law", "Residuals: law", "dearest 10% of the rows"):
+        assert text in html

@@ -10,6 +10,7 @@ import pytest
 from scantling.cli import main
 from scantling.laws import clean, fit, read_table
 from scantling.laws.cleaning import diverged
+from scantling.record import RunRecord
 from tests.laws.ladders import MULTIPLIERS, SIZES, TRUE, grid
 
 GOOD = grid(TRUE, SIZES, MULTIPLIERS, noise=0.003).drop(columns="run")
@@ -156,3 +157,22 @@ def test_parquet(tmp_path: Path) -> None:
     GOOD.to_parquet(tmp_path / "t.parquet")
     found = fit(read_table(tmp_path / "t.parquet"), resamples=0, checks=False)
     assert found.params == fit(GOOD, resamples=0, checks=False).params
+
+
+def test_a_study_of_two_precisions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, row in enumerate(GOOD.itertuples()):
+        record = RunRecord(
+            name=f"run{i}", status="done", run_hash=f"{i}", spec_hash="s", config={}, params={"total": int(row.N)},
+            flops={"train": 6.0 * row.N * row.D}, tokens=int(row.D), steps=1, seed=0,
+            final={"validation_loss": float(row.loss)}, data={}, performance={},
+            environment={"precision": "bfloat16" if i % 5 == 0 else "float32"},
+        )  # fmt: skip
+        (tmp_path / f"run{i}").mkdir()
+        record.write(tmp_path / f"run{i}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(tmp_path), "--resamples", "0"])
+    assert end.value.code == 2
+    assert "several precisions: bfloat16 (4), float32 (12)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(tmp_path), "--resamples", "0", "--only", "precision=float32"])
+    assert end.value.code == 0
