@@ -348,7 +348,11 @@ def test_most_events_end_the_run(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_events_survive_an_interruption(corpus: Path, tmp_path: Path, policy: str) -> None:
-    """Wherever it is interrupted, the run ends with the same weights, events and losses; `most` counts over all starts."""
+    """The run ends with the same weights, events and losses; `most` counts over all starts.
+
+    A rollback goes to the last checkpoint, which an interruption can add: those here come where there is one anyway, and in
+    the very step that fails (the fourth).
+    """
     config = tiny(corpus, checkpoint_every=2, guard={"non_finite": policy, "most": 4})
     faults = once(NAN, (3, 0), (7, 0), (8, 16))
 
@@ -358,7 +362,7 @@ def test_events_survive_an_interruption(corpus: Path, tmp_path: Path, policy: st
 
     whole = run(tmp_path / "whole", [])
     assert len(whole.warnings) >= 2
-    for stop in (3, 5, 8):
+    for stop in (3, 4, 5, 8) if policy == "skip" else (2, 4, 6, 8):
         parts = run(tmp_path / str(stop), [stop])
         assert parts.warnings == whole.warnings
         assert_same_run(tmp_path / "whole", tmp_path / str(stop))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scantling.recipe import TrainConfig
 from scantling.model.ffn import BlockDenseLinear, BlockShuffleLinear, LowRankLinear
 from scantling.model.guided import GuidedLinear
 from scantling.optim import learning_rate_factor
+from scantling.recipe import TrainConfig
 from tests.parity.__main__ import find, main
 from tests.parity.check import Case
 

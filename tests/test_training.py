@@ -25,7 +25,8 @@ from scantling.model import build
 from scantling.optim import learning_rate_factor
 from scantling.record import read_record
 from scantling.training import train
-from scantling.yamlio import load
+from scantling.yamlio import dumps, load
+from tests.runs import assert_same_run
 
 
 @pytest.fixture(scope="session")
@@ -100,88 +101,125 @@ def test_accumulation_equals_one_batch(text: Path, tmp_path: Path) -> None:
     assert parts.final["validation_loss"] == pytest.approx(whole.final["validation_loss"], abs=1e-4)
 
 
-# A server that imports torch once and forks a child per attempt: kill -9 then costs a fork, not an import.
+# A server that imports torch once and forks a child per attempt: kill -9 then costs a fork, not an import. Where a run is done
+# before all kills are, the next one begins. Both runs compute alike: the killed one takes over engine.json.
 SERVER = """
-import os, signal, sys, time, random
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from scantling.config import load_run
+from scantling.device import matmul_ceiling
 from scantling.training import train
-config, out, seed, kills, longest = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
-chance = random.Random(seed)
-done = 0
-while True:
+config, root, how, kills, longest, seed = sys.argv[1], Path(sys.argv[2]), sys.argv[3], *map(float, sys.argv[4:])
+chance, done, cut_short = random.Random(seed), 0, 0
+for precision in ("float32", "bfloat16"):
+    matmul_ceiling(precision)  # children inherit it
+def attempt(out, flushes=None):
     child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            train(load_run(config), out, quiet=True)
-            code = 0
-        finally:
-            os._exit(code)
-    if done < kills:
-        time.sleep(chance.uniform(0.0, longest))
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    if child:
+        return child
+    code, real = 1, os.fsync
+    def fsync(file):
+        nonlocal flushes
+        flushes -= 1
+        if flushes == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(file)
+    if flushes:
+        os.fsync = fsync
+    try:
+        train(load_run(config), out, quiet=True)
+        code = 0
+    finally:
+        os._exit(code)
+def ended(child):
+    status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
+        return False
+    if os.WEXITSTATUS(status):
+        sys.exit(os.WEXITSTATUS(status))
+    return True
+ended(attempt(root / "peace"))
+runs = 0
+while done < kills:
+    out = root / f"killed-{runs}"
+    runs += 1
+    out.mkdir()
+    shutil.copy(root / "peace/engine.json", out)
+    while True:
+        killing = done < kills
+        # before each flush to disk in turn, or at a random moment
+        child = attempt(out, 1 + done % int(longest) if killing and how == "flush" else None)
+        if killing and how == "moment":
+            time.sleep(chance.uniform(0.0, longest))
+            os.kill(child, signal.SIGKILL)
+        if ended(child):
+            break
         done += 1
-        continue
-    print("killed", done, "times; exit", os.WEXITSTATUS(status))
-    sys.exit(os.WEXITSTATUS(status) if done >= kills else 9)
+        cut_short += bool(list((out / "checkpoints").glob(".*.tmp")))  # the next start sees these and clears them away
+print(json.dumps({"killed": done, "cut_short": cut_short, "runs": runs}))
 """
 
 
-def kill_and_resume(tmp_path: Path, config: dict[str, Any], kills: int, longest: float, seed: int) -> None:
-    """Train once in peace and once under SIGKILL; the final checkpoints must be equal bit for bit."""
-    from scantling.yamlio import dumps
-
+def kill_and_resume(
+    tmp_path: Path, config: dict[str, Any], how: str, kills: int, longest: float, seed: int = 0
+) -> dict[str, int]:
+    """Train once in peace and under SIGKILL; what is left must be equal bit for bit. Returns what the server counted."""
     (tmp_path / "run.yaml").write_text(dumps(config))
     (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
+    words = [tmp_path / "server.py", tmp_path / "run.yaml", tmp_path, how, kills, longest, seed]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    served = subprocess.run(
+        [sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert served.returncode == 0, served.stdout + served.stderr
+    counted: dict[str, int] = json.loads(served.stdout.splitlines()[-1])
+    assert counted["killed"] == kills
+    first = read_record(tmp_path / "peace")
+    for number in range(counted["runs"]):
+        killed = tmp_path / f"killed-{number}"
+        assert_same_run(tmp_path / "peace", killed)
+        second = read_record(killed)
+        assert (first.final, first.flops, first.tokens) == (second.final, second.flops, second.tokens)
+        assert not list((killed / "checkpoints").glob(".*"))
+    return counted
 
-    def serve(out: str, count: int) -> None:
-        command = [
-            sys.executable,
-            str(tmp_path / "server.py"),
-            str(tmp_path / "run.yaml"),
-            str(tmp_path / out),
-            str(seed),
-            str(count),
-            str(longest),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout + done.stderr
 
-    serve("peace", 0)
-    serve("killed", kills)
-    peace, killed = tmp_path / "peace", tmp_path / "killed"
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        one, two = (checkpoint.folders(path / "checkpoints")[-1] / name for path in (peace, killed))
-        assert one.read_bytes() == two.read_bytes()
-    first, second = read_record(peace), read_record(killed)
-    assert first.final == second.final
+def everything(text: Path, steps: int) -> dict[str, Any]:
+    """A run with all that a checkpoint can hold, saved after every step."""
+    keys: dict[str, Any] = {
+        "tokens": steps * 256, "checkpoint_every": 1, "evaluate_every": 5, "keep_best": True, "average_decay": 0.9,
+        "guide": {"mode": "fixed_flops", "ratio": 0.5}, "guard": {"spike": "skip"}, "validation_tokens": 256,
+    }  # fmt: skip
+    config = mapping(text, **keys)
+    config["model"]["ffn"] = {"kind": "low_rank", "rank": 4, "intermediate_size": 32}
+    return config
 
-    def losses(folder: Path) -> list[tuple[int, float]]:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [(row["step"], row["train/loss"]) for row in rows]
 
-    assert losses(peace) == losses(killed)
-    assert not list((killed / "checkpoints").glob(".*"))
+def test_killed_at_every_flush_to_disk_runs_end_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    """Before each of the 20 flushes after a start: of the metrics, each file of a checkpoint, both folders, and again."""
+    counted = kill_and_resume(tmp_path, everything(text, 10), "flush", kills=20, longest=20)
+    assert counted["cut_short"] >= 10
 
 
 def test_killed_runs_end_with_the_same_bits(text: Path, tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, mapping(text, checkpoint_every=2, tokens=60 * 256), kills=4, longest=0.5, seed=1)
+    kill_and_resume(tmp_path, mapping(text, checkpoint_every=2), "moment", kills=4, longest=0.5, seed=1)
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(text: Path, tmp_path: Path) -> None:
+    """At random moments, of which many fall into the writing of a checkpoint."""
+    counted = kill_and_resume(tmp_path, everything(text, 60), "moment", kills=100, longest=0.8, seed=3)
+    assert counted["cut_short"] >= 10, counted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2])
 def test_twenty_kills_of_the_contract_run(contract: Path, tmp_path: Path, seed: int) -> None:
     config = load(contract / "run-tiny.yaml", ["train.checkpoint_every=2"]).value
-    kill_and_resume(tmp_path, config, kills=20, longest=1.5, seed=seed)
+    kill_and_resume(tmp_path, config, "moment", kills=20, longest=1.5, seed=seed)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(text: Path, tmp_path: Path) -> None:
-    from scantling.yamlio import dumps
-
     (tmp_path / "run.yaml").write_text(dumps(mapping(text, tokens=4000 * 256, checkpoint_every=100000)))
     command = [sys.executable, "-m", "scantling", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from scantling.memory import BLOCK_LENGTH
 from scantling.model.block_attention import block_attention
 from scantling.model.norm import Norm, for_products
 from scantling.model.rotary import rotary_table, rotate
 from scantling.parts import RMSNorm, Rope
 from scantling.spec import LayerSpec
 
-BLOCK_LENGTH = 1024  # longest sequence for which a CPU keeps the probabilities for the backward pass, unless measured
 Kernel = Literal["auto", "block", "fused"]
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SMALL = 4096  # with fewer ids the logits are cheap and plain cross-entropy is used
+from scantling.memory import CHUNKED_VOCABULARY as SMALL
+
 ROWS_BYTES = 512 * 2**20  # of gradients of logits held at a time
 CACHE_BYTES = 8 * 2**20  # of logits worked on at a time on a CPU
 

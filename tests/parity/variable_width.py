@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scantling.recipe import AdamW, Power, TrainConfig
 from scantling.costing import cost
 from scantling.errors import InputError
 from scantling.optim import learning_rate_factor
+from scantling.recipe import AdamW, Power, TrainConfig
 from scantling.resolve import spec_from
 from scantling.shapes import Accounting, WidthProfile, continuous, published_widths
 from scantling.spec import ModelSpec
