@@ -35,7 +35,7 @@ MARGIN = 0.1  # of the free memory, left to others
 # What allocators make of tensors that come and go. glibc's: 1.29 to 1.87 measured as peak resident memory over prediction, both
 # without the state (widths 256 and 512, float32 and autocast; 0.92 to 0.98 with every tensor mapped on its own).
 FRAGMENTATION = {"cpu": 2.0, "cuda": 1.1}
-BLOCK_LENGTH = 1024  # longest sequence for which attention on a CPU keeps its probabilities, unless a run measured otherwise
+BLOCK_LENGTH = 1024  # longest sequence for which a CPU keeps attention's probabilities, unless a run measured otherwise
 CHUNKED_VOCABULARY = 4096  # with fewer ids the logits are kept and plain cross-entropy is used
 CHUNK_BYTES = 512 * 2**20  # gradients of logits that a chunked loss holds at a time
 

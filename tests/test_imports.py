@@ -40,7 +40,7 @@ LAYERS = [
     ["show"],
     ["model", "placement"],
     ["device", "profile", "progress", "checkpoint", "optim", "average", "trackers"],
-    ["evaluate"],
+    ["evaluate", "measured"],
     ["training", "generate", "coordinates"],
     ["cli"],
     ["__main__"],

@@ -21,6 +21,7 @@ from scantling.device import available_memory, bfloat16_is_fast, fastest_float32
 from scantling.errors import InputError
 from scantling.evaluate import autocast
 from scantling.files import write_json
+from scantling.measured import remembered
 from scantling.memory import fit_micro_batch, memory_settings
 from scantling.model import Decoder, build
 from scantling.model.attention import Attention, attend
@@ -32,6 +33,7 @@ from scantling.training.parallel import World
 FILE = "engine.json"
 LONG = 2048  # longest sequence for which keeping the attention probabilities on a CPU is tried
 COMPILE_AFTER = 1200.0  # seconds a run must take before compiling is tried
+KERNELS: tuple[Literal["block"], Literal["fused"]] = ("block", "fused")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
@@ -116,7 +118,13 @@ def _chosen(config: RunConfig, world: World) -> Engine:
         )
     else:
         precision = train.precision
-    float32 = fastest_float32() if device == "cpu" else "highest" if train.precision == "float32" else "high"
+    float32 = (
+        remembered("float32 products", fastest_float32)
+        if device == "cpu"
+        else "highest"
+        if train.precision == "float32"
+        else "high"
+    )
     attention: Literal["block", "fused"] = "fused"
     if device == "cpu":
         attention, why = fastest_attention(config.spec, train.sequence_length, precision)
@@ -167,16 +175,19 @@ def fastest_attention(
             layer.sliding_window,
         )
         shapes.setdefault(key, []).append(layer)
-    kernels: tuple[Literal["block", "fused"], ...] = ("block", "fused")
-    seconds = {
-        kernel: sum(
-            len(same) * _attention_seconds(same[0], sequence_length, precision, kernel) for same in shapes.values()
-        )
-        for kernel in kernels
-    }
-    best = min(kernels, key=lambda kernel: seconds[kernel])
-    slower = max(seconds.values()) / min(seconds.values())
-    return best, f"attention {best}: {slower:.2f}x as fast as the other kernel here at {sequence_length} tokens"
+
+    def ratio() -> float:
+        seconds = [
+            sum(len(same) * _attention_seconds(same[0], sequence_length, precision, kernel) for same in shapes.values())
+            for kernel in KERNELS
+        ]
+        return seconds[1] / seconds[0]
+
+    layers = ", ".join(f"{len(same)} x {key}" for key, same in shapes.items())
+    gain: float = remembered(f"block over fused attention; {precision}, {sequence_length} tokens, {layers}", ratio)
+    best = KERNELS[gain < 1]
+    faster = max(gain, 1 / gain)
+    return best, f"attention {best}: {faster:.2f}x as fast as the other kernel here at {sequence_length} tokens"
 
 
 def _attention_seconds(
