@@ -39,7 +39,7 @@ demo: setup
 docs: setup
 	$(BIN)/python docs/accounting.py
 	$(BIN)/pdoc --docformat google --output-directory site scantling $(addprefix scantling.,parts spec resolve rows costing shapes config \
-	  corpus data dataset recipe record study laws laws.forms laws.fitting laws.savings planning reporting model training checkpoint)
+	  data data.corpus data.dataset recipe record study laws laws.forms laws.fitting laws.savings planning reporting model training checkpoint)
 
 clean:
 	rm -rf $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

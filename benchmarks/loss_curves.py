@@ -22,7 +22,7 @@ from training_speed import Shape, gpt_spec
 
 from scantling.config import run_from
 from scantling.data import prepare
-from scantling.dataset import Dataset
+from scantling.data.dataset import Dataset
 from scantling.files import write_json
 from scantling.optim import learning_rate_factor
 from scantling.resolve import to_mapping

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from scantling.corpus import DataConfig
 from scantling.costing import train_flops
+from scantling.data.corpus import DataConfig
 from scantling.errors import InputError, suggest
 from scantling.guidance import Guidance, guidance
 from scantling.parts import Frozen, Positive, Real, Size

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from scantling.dataset import Dataset
+from scantling.data.dataset import Dataset
 from scantling.device import DTYPES
 from scantling.model import Decoder
 

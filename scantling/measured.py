@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from scantling.data import cache_root
+from scantling.data.preparing import cache_root
+from scantling.data.workers import locked
 from scantling.device import processor
 from scantling.errors import RunError
 from scantling.files import write_json
-from scantling.workers import locked
 
 FILE = "measured.json"
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from scantling.corpus import DataConfig
 from scantling.data import Dataset, Source
-from scantling.readers import Empty, Text, read_piece
-from scantling.shards import Prepared, open_prepared
-from scantling.sources import find_files, pieces
-from scantling.streams import Shard, TokenStream
-from scantling.survey import SPLITS
-from scantling.tokens import ByteTokenizer, IdTokenizer, token_dtype
+from scantling.data.corpus import DataConfig
+from scantling.data.readers import Empty, Text, read_piece
+from scantling.data.shards import Prepared, open_prepared
+from scantling.data.sources import find_files, pieces
+from scantling.data.streams import Shard, TokenStream
+from scantling.data.survey import SPLITS
+from scantling.data.tokens import ByteTokenizer, IdTokenizer, token_dtype
 
 
 def config(source: Path, **keys: Any) -> DataConfig:

@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from scantling import sources
-from scantling.corpus import PYTHON_STDLIB, DataConfig
-from scantling.data import Dataset, prepare
+from scantling.data import Dataset, prepare, sources
+from scantling.data.corpus import PYTHON_STDLIB, DataConfig
+from scantling.data.readers import Empty, Text
+from scantling.data.sources import TEXT_SUFFIXES
+from scantling.data.survey import SPLITS, cut
 from scantling.errors import InputError
-from scantling.readers import Empty, Text
-from scantling.sources import TEXT_SUFFIXES
-from scantling.survey import SPLITS, cut
 from tests.corpora import config, leftovers, prepared, read, tokens, write_jsonl
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=60, database=None)
@@ -114,8 +113,8 @@ def test_duplicates_are_found_bucket_by_bucket(tmp_path: Path, monkeypatch: pyte
     texts = [TEXTS[i % 150] for i in range(300)]
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     whole = prepare(config(path), tmp_path / "one")
-    monkeypatch.setattr("scantling.survey._BUCKET", 7)
-    monkeypatch.setattr("scantling.survey._CHUNK", 11)
+    monkeypatch.setattr("scantling.data.survey._BUCKET", 7)
+    monkeypatch.setattr("scantling.data.survey._CHUNK", 11)
     cut_up = prepare(config(path), tmp_path / "two")
     assert whole.fingerprint == cut_up.fingerprint and prepared(whole).manifest.skipped == 150
     assert [d["name"] for d in prepared(cut_up).documents() if "split" in d] == [f"a.jsonl:{i + 1}" for i in range(150)]

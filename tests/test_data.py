@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from scantling import data, shards, sources, workers
-from scantling.corpus import DataConfig
-from scantling.data import default_cache_dir, open_dataset, prepare
+from scantling.data import default_cache_dir, open_dataset, prepare, shards, sources, workers
+from scantling.data import preparing as data
+from scantling.data.corpus import DataConfig
+from scantling.data.survey import SPLITS
+from scantling.data.tokens import TokenArray
 from scantling.errors import InputError, RunError
-from scantling.survey import SPLITS
-from scantling.tokens import TokenArray
 from tests.corpora import config, leftovers, prepared, tokens, write_jsonl
 
 
@@ -150,7 +150,8 @@ def test_a_killed_worker_is_an_error_in_words(folder: Path, cache: Path, many_pi
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from scantling import data, shards, sources
+from scantling.data import preparing as data
+from scantling.data import shards, sources
 mode, source, cache = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 sources.PIECE_BYTES = 1000
 write = shards._tokenise_piece
@@ -221,7 +222,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import slow
-from scantling.workers import in_order
+from scantling.data.workers import in_order
 list(in_order(slow.wait, [1, 2], 2))
 """
     (tmp_path / "slow.py").write_text(SLOW)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scantling.data import Dataset
-from scantling.dataset import whole_weights
+from scantling.data.dataset import whole_weights
 from scantling.errors import InputError
 from tests.corpora import in_memory, tokens
 

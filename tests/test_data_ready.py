@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scantling.corpus import DataConfig
 from scantling.data import prepare
+from scantling.data.corpus import DataConfig
 from scantling.errors import InputError, RunError
 from tests.corpora import config, tokens, write_jsonl
 
@@ -90,7 +90,7 @@ def test_files_at_rest_are_looked_through_once(nano: Path, cache: Path, monkeypa
     for path in nano.iterdir():
         os.utime(path, (time.time() - 60,) * 2)
     first = prepare(config(nano, tokenizer=IDS), cache).fingerprint
-    monkeypatch.setattr("scantling.ready._facts", lambda shard: pytest.fail("read again"))
+    monkeypatch.setattr("scantling.data.ready._facts", lambda shard: pytest.fail("read again"))
     assert prepare(config(nano, tokenizer=IDS), cache).fingerprint == first
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scantling import checkpoint
 from scantling.config import RunConfig
-from scantling.dataset import Dataset
+from scantling.data.dataset import Dataset
 from scantling.errors import RunError
 from scantling.model import build
 from scantling.recipe import Guard

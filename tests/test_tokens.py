@@ -10,10 +10,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scantling.corpus import DataConfig
 from scantling.data import open_dataset, prepare
+from scantling.data.corpus import DataConfig
+from scantling.data.tokens import USUAL_ENDS, ByteTokenizer, CharTokenizer, IdTokenizer, read_tokenizer, train_bpe
 from scantling.errors import InputError
-from scantling.tokens import USUAL_ENDS, ByteTokenizer, CharTokenizer, IdTokenizer, read_tokenizer, train_bpe
 from tests.corpora import config, prepared, tokens, write_jsonl
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=60, database=None)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scantling.data import cache_root
+from scantling.data.preparing import cache_root
 from scantling.errors import RunError
 from scantling.files import write_json
 from scantling.model.decoder import Decoder

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from scantling.config import RunConfig, load_run
 from scantling.data import prepare
-from scantling.dataset import Dataset
+from scantling.data.dataset import Dataset
 from scantling.errors import InputError, RunError
 from scantling.files import explained, write_text
 from scantling.trackers import Tracker

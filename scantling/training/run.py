@@ -10,7 +10,7 @@ from typing import Any
 
 from scantling.config import RunConfig
 from scantling.costing import flops_per_token, param_counts
-from scantling.dataset import Dataset
+from scantling.data.dataset import Dataset
 from scantling.device import environment, matmul_ceiling
 from scantling.errors import InputError, RunError
 from scantling.evaluate import validation

@@ -12,7 +12,7 @@ from torch import Tensor
 from scantling import checkpoint
 from scantling.average import Average
 from scantling.config import RunConfig
-from scantling.dataset import Batch, Dataset
+from scantling.data.dataset import Batch, Dataset
 from scantling.model import Decoder, build
 from scantling.model.guided import attach_guides, is_guide, plain_name, remove_guides, set_guides
 from scantling.optim import apply, learning_rate_factor, make_optimizers

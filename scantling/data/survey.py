@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from scantling.data.readers import Empty, Piece, Text, read_piece
+from scantling.data.workers import in_order
 from scantling.errors import InputError
-from scantling.readers import Empty, Piece, Text, read_piece
-from scantling.workers import in_order
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")

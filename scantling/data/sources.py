@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scantling.corpus import PYTHON_STDLIB, HubSource, Part
+from scantling.data.corpus import PYTHON_STDLIB, HubSource, Part
+from scantling.data.readers import COMPRESSED, File, Piece, bare_name, open_hub, open_parquet
 from scantling.errors import InputError
-from scantling.readers import COMPRESSED, File, Piece, bare_name, open_hub, open_parquet
 
 PIECE_BYTES = 2**24  # of a source; larger where there would be more than MOST_PIECES
 MOST_PIECES = 4096

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scantling.data.streams import AnyIds, Ids, TokenStream
+from scantling.data.survey import Split
+from scantling.data.tokens import Tokenizer
 from scantling.errors import InputError
-from scantling.streams import AnyIds, Ids, TokenStream
-from scantling.survey import Split
-from scantling.tokens import Tokenizer
 
 _MOST_WEIGHT = 2**20  # sum of whole weights: with it, share x number stays far below 2**63
 _DECODED = 2**18  # tokens of a split made elsewhere that are decoded to learn their bytes

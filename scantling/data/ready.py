@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from scantling.data.readers import File
+from scantling.data.sources import TOKEN_SUFFIXES
+from scantling.data.streams import Shard, TokenStream, open_npy, open_raw
+from scantling.data.survey import Split
+from scantling.data.tokens import token_dtype
 from scantling.errors import InputError, RunError
-from scantling.readers import File
-from scantling.sources import TOKEN_SUFFIXES
-from scantling.streams import Shard, TokenStream, open_npy, open_raw
-from scantling.survey import Split
-from scantling.tokens import token_dtype
 
 _VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev)(?![a-z])")
 _TEST = re.compile(r"(?<![a-z])test(?![a-z])")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from scantling.corpus import HubSource
+from scantling.data.corpus import HubSource
 from scantling.errors import InputError, RunError, suggest
 
 if TYPE_CHECKING:

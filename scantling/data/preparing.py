@@ -20,16 +20,14 @@ from typing import Any
 
 import tokenizers
 
-from scantling.corpus import Bpe, DataConfig, HubSource, Ids, Part, TokenizerFile
-from scantling.dataset import Batch, Dataset, Source, whole_weights
-from scantling.errors import InputError
-from scantling.files import write_json
-from scantling.readers import File
-from scantling.ready import is_ready, open_ready
-from scantling.shards import LAYOUT, Prepared, fingerprint, open_prepared, tokenise, write_error
-from scantling.sources import find_files, pieces, text_size
-from scantling.survey import Split, Survey, sampled_texts, survey
-from scantling.tokens import (
+from scantling.data.corpus import Bpe, DataConfig, HubSource, Ids, Part, TokenizerFile
+from scantling.data.dataset import Batch, Dataset, Source, whole_weights
+from scantling.data.readers import File
+from scantling.data.ready import is_ready, open_ready
+from scantling.data.shards import LAYOUT, Prepared, fingerprint, open_prepared, tokenise, write_error
+from scantling.data.sources import find_files, pieces, text_size
+from scantling.data.survey import Split, Survey, sampled_texts, survey
+from scantling.data.tokens import (
     END_OF_DOCUMENT,
     ByteTokenizer,
     CharTokenizer,
@@ -40,7 +38,9 @@ from scantling.tokens import (
     token_dtype,
     train_bpe,
 )
-from scantling.workers import Report, default_workers, locked, narrated
+from scantling.data.workers import Report, default_workers, locked, narrated
+from scantling.errors import InputError
+from scantling.files import write_json
 
 __all__ = ["Batch", "DataConfig", "Dataset", "Source", "default_cache_dir", "open_dataset", "prepare"]
 

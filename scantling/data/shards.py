@@ -23,12 +23,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from scantling.data.readers import Empty, Piece, read_piece
+from scantling.data.streams import Shard, TokenStream, open_raw
+from scantling.data.survey import DUPLICATE, SPLITS, Split, Survey, cut, read_records, sha256_of
+from scantling.data.tokens import TokenArray, Tokenizer, TokenizerKind, load_tokenizer, save_tokenizer, token_dtype
+from scantling.data.workers import in_order
 from scantling.errors import InputError, RunError
-from scantling.readers import Empty, Piece, read_piece
-from scantling.streams import Shard, TokenStream, open_raw
-from scantling.survey import DUPLICATE, SPLITS, Split, Survey, cut, read_records, sha256_of
-from scantling.tokens import TokenArray, Tokenizer, TokenizerKind, load_tokenizer, save_tokenizer, token_dtype
-from scantling.workers import in_order
 
 IDENTITY = 1  # of the tokens; raise it when the same texts and settings give others
 LAYOUT = 2  # of a prepared folder
