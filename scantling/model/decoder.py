@@ -31,7 +31,7 @@ class Mix(nn.Module):
         """The input of one stack."""
         match self.spec.entry:
             case "projection":
-                return self.entries[branch](x)
+                return self.entries[branch](x).to(x.dtype)
             case "split":
                 return x.chunk(self.spec.count, dim=-1)[branch]
         return x

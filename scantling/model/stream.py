@@ -101,7 +101,7 @@ class Resize(nn.Module):
         if have == width:
             return x
         if isinstance(self.transition, Compress):
-            return self.linear(x)
+            return self.linear(x).to(x.dtype)  # under autocast too the stream keeps its precision
         if width < have:
             return stream.narrow(x, width)
         carried = stream.carried(x, width)  # taken also where unused: newer states cover these coordinates from now on
@@ -133,10 +133,10 @@ class Resize(nn.Module):
         assert isinstance(self.transition, LinearTransition | LinearDiff)
         iterations = self.transition.sinkhorn_iters
         weight = sinkhorn(self.linear.weight, iterations) if iterations else self.linear.weight
-        return F.linear(x, weight, self.linear.bias)
+        return F.linear(x, weight, self.linear.bias).to(x.dtype)
 
     def _convolved(self, x: Tensor) -> Tensor:
-        return self.conv(x.flatten(0, -2)[:, None])[:, 0].unflatten(0, x.shape[:-1])
+        return self.conv(x.flatten(0, -2)[:, None])[:, 0].unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 def sinkhorn(matrix: Float[Tensor, "out into"], iterations: int) -> Float[Tensor, "out into"]:
