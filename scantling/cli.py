@@ -382,7 +382,7 @@ def plan(plan: Path, *, out: Path | None = None, set_: Set = (), json_: Json = F
 
     Args:
         plan: The plan YAML.
-        out: Write the plan JSON here, and the best shape's YAML beside it.
+        out: Write the plan JSON here, and beside it YAML: the best shape, a study that tests the choice, the runs to do next.
     """
     from scantling import show
     from scantling.files import write_json, write_text
@@ -392,9 +392,14 @@ def plan(plan: Path, *, out: Path | None = None, set_: Set = (), json_: Json = F
     result = solve(load_plan(plan, set_))
     if out is not None:
         write_json(out, result.to_json())
-        best = result.candidates[0].yaml
-        if best is not None:
-            write_text(out.with_suffix(".best.yaml"), best)
+        asked = {
+            "best": result.candidates[0].yaml,
+            "study": result.study,
+            "next": result.next.study if result.next else None,
+        }
+        for name, text in asked.items():
+            if text is not None:
+                write_text(out.with_suffix(f".{name}.yaml"), text)
     _print(result.to_json()) if json_ else show.plan(result)
 
 

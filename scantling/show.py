@@ -426,6 +426,7 @@ def plan(found: Plan) -> None:
         "memory",
         found.minimize,
         "margin",
+        *(["best"] if found.no_probability is None else []),
     )
     screened = (
         f"{len(found.candidates)} best of {found.screened:,} shapes"
@@ -449,16 +450,41 @@ def plan(found: Plan) -> None:
             format_bytes(item.memory_bytes),
             f"{item.objective:.6g}",
             "-" if item.margin_percent is None else f"{item.margin_percent:.2f} %",
+            *([] if item.probability_best is None else [f"{100 * item.probability_best:.0f} %"]),
         )
     console.print(table)
     best = found.candidates[0]
     console.print(f"binding: {best.binding}")
+    _plan_costs(found)
     if any(item.extrapolated for item in found.candidates):
         console.print("* outside the range the law was fitted to")
     for note in found.notes:
         console.print(f"note: {note}")
     if best.yaml is not None:
         console.print(f"\n# the best shape, hash {best.hash}\n{best.yaml}", end="")
+
+
+def _plan_costs(found: Plan) -> None:
+    """The best candidate's costs, how the choice moves with the plan's numbers, and the runs to do next."""
+    best, units = found.candidates[0], {"flops": format_flops, "bytes": format_bytes}
+    said = [
+        f"{name} {units.get(name.rpartition('_')[2], lambda value: f'{value:.5g}')(value)}"
+        for name, value in {**best.costs, **(best.errors or {})}.items()
+    ]
+    console.print(f"the best: {', '.join(said)}")
+    for turn in found.sensitivity:
+        shape = f"{turn.num_hidden_layers:.6g} x {turn.hidden_size:.6g}"
+        shape += f", heads {turn.num_attention_heads:g}/{turn.num_key_value_heads:g}"
+        worse = "impossible" if turn.regret_percent is None else f"{turn.regret_percent:.2g} % worse"
+        console.print(f"at {turn.factor:g} x {turn.key}: {shape}; this choice is {worse}")
+    if (runs := found.next) is not None and not runs.runs:
+        console.print("next: no runs of this budget are expected to change the choice for the better; keep it")
+    elif runs is not None:
+        now, after = (f"{value:.4g}" for value in (runs.expected_regret, runs.expected_regret_after))
+        spent = f"{len(runs.runs)} runs of {format_flops(runs.training_flops)} together"
+        console.print(
+            f"next: {spent} lower the expected regret from {now} to {after} ({found.minimize}); --out writes them"
+        )
 
 
 # --- coordinate check ----------------------------------------------------------------------------------------------------

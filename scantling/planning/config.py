@@ -1,181 +1,59 @@
-"""The plan file: what is minimised, for which target or budget, under which law, and over which space."""
+"""The plan file: what is minimised, for which target or budget, within which limits, under which law, over which space."""
 
-import math
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from scantling.config import validated
 from scantling.errors import InputError
-from scantling.parts import Frozen, Positive, Size
+from scantling.hardware import find_device, load_hardware
+from scantling.parts import Frozen, Size
+from scantling.planning.costs import NEEDS_DEVICE, NEEDS_PRICE, NEEDS_SERVED_TOKENS, OF_TOKENS, CostName, Site
+from scantling.planning.limits import DEVICE, Constraints, Limit
 from scantling.planning.price import Convention, ParameterCount
-from scantling.planning.shapes import Space, two_positive
-from scantling.recipe import Count as Amount
-from scantling.units import DTYPE_BYTES, dtype_bytes
-from scantling.yamlio import Document, KeyPath, dotted, from_mapping, load, show
+from scantling.planning.sections import (
+    Budget,
+    Hardware,
+    LawKeys,
+    Next,
+    Serving,
+    Target,
+    Training,
+    Weights,
+)
+from scantling.planning.shapes import Space
+from scantling.yamlio import Document, KeyPath, dotted, from_mapping, load
 
-Objective = Literal["training_flops", "lifetime_flops", "memory_bytes", "z", "loss"]
-Limit = Literal["training_flops", "lifetime_flops", "memory_bytes"]
-
-
-# --- its sections ------------------------------------------------------------------------------------------------------
-
-
-class Target(Frozen):
-    """Reach this loss, nats per token."""
-
-    loss: Positive
-
-
-class Budget(Frozen):
-    """Spend at most this: one of training_flops and lifetime_flops (training plus served tokens), and memory_bytes."""
-
-    training_flops: Amount | None = None
-    lifetime_flops: Amount | None = None
-    memory_bytes: Amount | None = None
-
-    @model_validator(mode="after")
-    def _one_flops(self) -> Self:
-        if self.training_flops and self.lifetime_flops:
-            raise ValueError("expected training_flops or lifetime_flops, both are given; keep one")
-        if not (self.training_flops or self.lifetime_flops or self.memory_bytes):
-            raise ValueError("expected training_flops, lifetime_flops or memory_bytes, got none of them")
-        return self
-
-    @property
-    def limit(self) -> tuple[Limit, float]:
-        """What is spent, and how much of it: the FLOPs where they are given, else the memory."""
-        if self.training_flops is not None:
-            return "training_flops", self.training_flops
-        if self.lifetime_flops is not None:
-            return "lifetime_flops", self.lifetime_flops
-        return "memory_bytes", self.memory_bytes or math.inf
-
-
-def _dtype(value: object) -> object:
-    if value not in DTYPE_BYTES:
-        raise ValueError(f"expected one of {', '.join(DTYPE_BYTES)}, got {show(value)}")
-    return value
-
-
-class Serving(Frozen):
-    """How the model is used: `tokens` over its life, each at `context` positions; `batch` sequences share the weights."""
-
-    context: Size | None = None
-    tokens: Amount | None = None
-    batch: Size = 1
-    dtype: Annotated[str, BeforeValidator(_dtype)] = "bf16"
-
-    @property
-    def bytes_per_value(self) -> int:
-        """Bytes of one weight and of one cached value."""
-        return dtype_bytes(self.dtype)
-
-
-def _ratio(value: object) -> object:
-    if value == "free":
-        return None
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError(f"expected a number of tokens per parameter, or free, got {show(value)}")
-    return value
-
-
-class Training(Frozen):
-    """`tokens_per_parameter`: a fixed D/N, or `free` (the default, where the law knows D)."""
-
-    sequence_length: Size = 2048
-    tokens_per_parameter: Annotated[Positive | None, BeforeValidator(_ratio)] = None
-
-
-def _pair(value: object) -> object:
-    if not two_positive(value):
-        raise ValueError(f"expected two numbers above 0, got {show(value)}")
-    return value
-
-
-Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
-
-
-class HeadLawKeys(Frozen):
-    """`kind: loss_per_head_configuration`.
-
-    Attributes:
-        E: irreducible loss, shared.
-        coefficients: "n_h,n_kv": [a, b].
-        ranges: {N: [lowest, highest]} trained, for all head configurations.
-    """
-
-    kind: Literal["loss_per_head_configuration"]
-    E: float = Field(ge=0, allow_inf_nan=False)
-    coefficients: dict[str, Pair] = Field(min_length=1)
-    ranges: dict[Literal["N"], Pair] = Field(default_factory=dict)
-
-    @field_validator("coefficients")
-    @classmethod
-    def _pairs_divide(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        for key in value:
-            parts = [part.strip() for part in key.split(",")]
-            if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-                raise ValueError(f'expected keys "query heads,key/value heads" such as "8,1", got {show(key)}')
-            if int(parts[0]) % int(parts[1]):
-                raise ValueError(f"{parts[0]} query heads cannot share {parts[1]} key/value heads ({show(key)})")
-        return value
-
-    @property
-    def by_heads(self) -> dict[tuple[int, int], tuple[float, float]]:
-        """Coefficients by (query heads, key/value heads)."""
-        split = {key: key.split(",") for key in self.coefficients}
-        return {(int(split[key][0]), int(split[key][1])): pair for key, pair in self.coefficients.items()}
-
-
-class ChinchillaKeys(Frozen):
-    """`kind: chinchilla`: L = E + A N^-alpha + B D^-beta, with the ranges of N, D and M = D/N fitted, where known."""
-
-    kind: Literal["chinchilla"]
-    A: Positive
-    B: Positive
-    E: float = Field(ge=0, allow_inf_nan=False)
-    alpha: Positive
-    beta: Positive
-    ranges: dict[Literal["N", "D", "M"], Pair] = Field(default_factory=dict)
-
-
-def _law_tag(value: object) -> str:
-    if isinstance(value, str):
-        return "name or path"
-    return str(value.get("kind", "no kind") if isinstance(value, dict) else getattr(value, "kind", value))
-
-
-LawKeys = Annotated[
-    Annotated[str, Tag("name or path")]
-    | Annotated[HeadLawKeys, Tag("loss_per_head_configuration")]
-    | Annotated[ChinchillaKeys, Tag("chinchilla")],
-    Discriminator(_law_tag),
-]
-
-
-# --- the whole ---------------------------------------------------------------------------------------------------------
+Objective = CostName | Literal["loss"]
+COSTS: tuple[CostName, ...] = get_args(CostName)
 
 
 class PlanConfig(Frozen):
     """A plan file.
 
     Attributes:
-        minimize: default `loss` with a budget; with a target `lifetime_flops` when tokens are served, else
-            `training_flops`. `memory_bytes` is weights + KV cache; `z` is 0.9 sqrt(bytes) + 0.1 cbrt(FLOPs).
+        minimize: a cost by name (see `costs`), a weighted sum `{name: weight}`, or loss. Default `loss` with a budget; with a
+            target `lifetime_flops` when tokens are served, else `training_flops`.
         target, budget: one of them.
+        constraints: upper limits on any of the costs, and what sizes must divide by.
+        hardware: the device, for costs in seconds, device-hours and money.
         law: a published name, the path of a law JSON (relative to this file), or an inline mapping.
         parameters: which count is the law's N; default what the law says, else total.
         cost_convention: how FLOPs and memory are counted; default `full`, for z `paper-figure-2`.
         candidates: how many to return.
+        next: asks which runs to train next, within a budget of FLOPs.
+        study: data, train and learning_rate of the studies the plan writes, as in a study YAML.
     """
 
-    minimize: Objective | None = None
+    minimize: Objective | Weights | None = None
     target: Target | None = None
     budget: Budget | None = None
+    constraints: Constraints = Constraints()
+    hardware: Hardware | None = None
     law: LawKeys
     parameters: ParameterCount | None = None
     cost_convention: Convention | None = None
@@ -183,6 +61,8 @@ class PlanConfig(Frozen):
     training: Training = Training()
     space: Space = Space()
     candidates: Size = 10
+    next: Next | None = None
+    study: dict[str, Any] = Field(default_factory=dict)
     _document: Document | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -195,10 +75,18 @@ class PlanConfig(Frozen):
                 f"minimize: {self.objective} does not go with {'a budget' if self.budget else 'a target loss'}; "
                 + ("with a budget, minimize: loss" if self.budget else "name a cost, or give a budget")
             )
-        lifetime = self.objective == "lifetime_flops" or (self.budget is not None and self.budget.lifetime_flops)
-        if lifetime and self.serving.tokens is None:
-            raise ValueError("lifetime_flops needs serving.tokens: the tokens processed over the model's life")
-        if self.objective == "z" and self.convention != "paper-figure-2":
+        if unknown := set(self.study) - {"data", "train", "learning_rate"}:
+            raise ValueError(f"study takes data, train and learning_rate, got {min(unknown)}")
+        asked = {*self.weights, *(name for name in COSTS if self._limits(name))}
+        for name in sorted(asked & set(NEEDS_SERVED_TOKENS)):
+            if self.serving.tokens is None:
+                raise ValueError(f"{name} needs serving.tokens: the tokens processed over the model's life")
+        for name in sorted(asked & set(NEEDS_DEVICE)):
+            if self.hardware is None:
+                raise ValueError(f"{name} needs hardware: {{device: ...}}, such as h100-sxm")
+        if self.constraints.memory_bytes == DEVICE and self.hardware is None:
+            raise ValueError("constraints.memory_bytes: device needs hardware: {device: ...}, such as h100-sxm")
+        if "z" in self.weights and self.convention != "paper-figure-2":
             raise ValueError(
                 "minimize: z is tuned to bytes and FLOPs as paper-figure-2 counts them, and any other unit changes the "
                 "winner; remove cost_convention"
@@ -208,21 +96,86 @@ class PlanConfig(Frozen):
         return self
 
     @property
-    def objective(self) -> Objective:
-        """What is minimised."""
+    def objective(self) -> str:
+        """What is minimised: the name of a cost or `loss`, or a weighted sum in words."""
+        if isinstance(self.minimize, dict):
+            return " + ".join(f"{weight:g} {name}" for name, weight in self.minimize.items())
         if self.minimize is not None:
             return self.minimize
         return "loss" if self.budget else "lifetime_flops" if self.serving.tokens else "training_flops"
 
     @property
+    def weights(self) -> dict[CostName, float]:
+        """The costs minimised, with their weights; empty where the loss is."""
+        if isinstance(self.minimize, dict):
+            return dict(self.minimize)
+        name: Any = self.objective
+        return {} if name == "loss" else {name: 1.0}
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Every upper limit: what the budget names first, then the rest of it, then the constraints."""
+        found: list[Limit] = []
+        if self.budget is not None:
+            names: tuple[CostName, ...] = (self.budget.limit, "memory_bytes")
+            for name in dict.fromkeys(names):
+                if (most := getattr(self.budget, name)) is not None:
+                    found.append(Limit(name, most, ("budget", name)))
+        for key in type(self.constraints).model_fields:
+            most = getattr(self.constraints, key)
+            if key == "unique_tokens" and most is not None:
+                found.append(Limit("tokens", most * self.constraints.max_epochs, ("constraints", key)))
+            elif key in COSTS and most is not None:
+                held = self.site.device.memory_bytes * self.serving.devices if most == DEVICE and self.site else most
+                found.append(Limit(key, held, ("constraints", key)))
+        return tuple(found)
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether a limit bounds the training tokens."""
+        return self.constraints.unique_tokens is not None or any(self._limits(name) for name in OF_TOKENS)
+
+    @cached_property
+    def site(self) -> Site | None:
+        """The devices, or None where the plan names none.
+
+        Raises:
+            InputError: an unknown device, or no price where money is asked for.
+        """
+        if self.hardware is None:
+            return None
+        keys = self.hardware
+        try:
+            device = find_device(keys.device, load_hardware(self.folder / keys.table if keys.table else None))
+            device.peak(keys.training_dtype)
+            device.peak(self.serving.dtype)
+        except InputError as error:
+            message = "; ".join(fault.removeprefix("device: ") for fault in error.faults)
+            raise self.fault(("hardware", "device"), message) from None
+        price = keys.usd_per_hour or (device.price.usd_per_hour if device.price else None)
+        money = {*self.weights, *(name for name in NEEDS_PRICE if self._limits(name))} & set(NEEDS_PRICE)
+        if money and price is None:
+            raise self.fault(("hardware",), f"{device.name} has no price in the table; give usd_per_hour")
+        return Site(device, price, keys.mfu, keys.mbu, self.training.devices, self.serving.devices, keys.training_dtype)
+
+    def _limits(self, name: str) -> bool:
+        given = (self.budget, self.constraints)
+        return any(getattr(section, name, None) is not None for section in given)
+
+    @property
     def convention(self) -> Convention:
         """How costs are counted."""
-        return self.cost_convention or ("paper-figure-2" if self.objective == "z" else "full")
+        return self.cost_convention or ("paper-figure-2" if "z" in self.weights else "full")
+
+    @property
+    def contexts(self) -> dict[int, float]:
+        """Positions the served tokens attend to, with their shares."""
+        return dict(self.serving.context or ((self.training.sequence_length, 1.0),))
 
     @property
     def context(self) -> int:
-        """Positions each served token attends to."""
-        return self.serving.context or self.training.sequence_length
+        """The largest context served: what memory and latency are measured at."""
+        return max(self.contexts)
 
     @property
     def folder(self) -> Path:

@@ -6,7 +6,7 @@ search need not know which it asks.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from scantling.costing import param_counts
 from scantling.errors import InputError
-from scantling.planning.config import ChinchillaKeys, HeadLawKeys, PlanConfig
+from scantling.planning.config import PlanConfig
 from scantling.planning.price import ParameterCount
+from scantling.planning.sections import ChinchillaKeys, HeadLawKeys
 from scantling.planning.shapes import Floats, Shapes, Space, families, real_shapes
 from scantling.rows import Number
 
@@ -66,6 +67,25 @@ class TokenLaw:
         """How far N, D and D/N leave the fitted range."""
         return self.fit.outside(n, d)
 
+    def drawn(self, most: int) -> list["Law"]:
+        """The law at its bootstrap draws, evenly thinned; those that are no law are left out."""
+        draws = self.fit.draws
+        found: list[Law] = []
+        for row in () if draws is None else draws[:: max(1, -(-len(draws) // most))]:
+            params = dict(zip(self.fit.params, map(float, row), strict=True))
+            fit = replace(self.fit, params=params, draws=None)
+            try:
+                _ = fit.form
+            except InputError:
+                continue
+            found.append(replace(self, fit=fit))
+        return found
+
+    @property
+    def no_draws(self) -> str:
+        """Why there are no draws."""
+        return self.fit.bootstrap
+
 
 @dataclass(frozen=True)
 class HeadLaw:
@@ -77,12 +97,14 @@ class HeadLaw:
         E: irreducible loss, nats per token.
         coefficients: (a, b) by heads.
         ranges: lowest and highest N trained, by heads, where known.
+        fit: the fit it comes from, where it does: its draws give intervals.
     """
 
     E: float
     coefficients: Mapping[Heads, tuple[float, float]]
     ranges: Mapping[Heads, tuple[float, float]]
-    name: ClassVar[str] = "loss_per_head_configuration"
+    fit: "LawFit | None" = None
+    name: str = "loss_per_head_configuration"
     count: ClassVar[ParameterCount] = "matmul_non_embedding"
     count_note: ClassVar[str] = "N is `matmul_non_embedding`: weights without embeddings, output head and norms."
     tokens_per_parameter: ClassVar[float] = 20.0
@@ -108,8 +130,30 @@ class HeadLaw:
         return float(a / (loss - self.E) ** (1 / b))
 
     def interval(self, n: float, d: float) -> Interval:
-        """None: coefficients alone."""
-        return None, None, UNCERTAIN
+        """None: the heads are needed; see `interval_at`."""
+        return None, None, self.no_draws
+
+    def interval_at(self, heads: Heads, n: float) -> Interval:
+        """95% interval of the loss over the draws of the fit, or why there is none."""
+        if self.fit is None or self.fit.draws is None:
+            return None, None, self.no_draws
+        found = self.fit.predict_at({"N": n}, {"heads": f"{heads[0]},{heads[1]}"})
+        assert found.low is not None and found.high is not None
+        return float(found.low), float(found.high), None
+
+    @property
+    def no_draws(self) -> str:
+        """Why there are no draws."""
+        return UNCERTAIN if self.fit is None else self.fit.bootstrap
+
+    def drawn(self, most: int) -> list["Law"]:
+        """The law at its bootstrap draws, evenly thinned."""
+        fit = self.fit
+        if fit is None or fit.draws is None:
+            return []
+        thinned = fit.draws[:: max(1, -(-len(fit.draws) // most))]
+        each = (dict(zip(fit.params, map(float, row), strict=True)) for row in thinned)
+        return [replace(self, E=params["E"], coefficients=_scales(params, list(self.coefficients))) for params in each]
 
     def outside(self, heads: tuple[float, float], n: float, d: float) -> tuple[str, ...]:
         """How far N leaves the range that was trained with these heads."""
@@ -142,6 +186,24 @@ def _head_law(config: PlanConfig, keys: HeadLawKeys) -> HeadLaw:
     return HeadLaw(keys.E, keys.by_heads, ranges)
 
 
+def _scales(params: Mapping[str, float], heads: Collection[Heads]) -> dict[Heads, tuple[float, float]]:
+    """(a, b) of (a / N)^b from A N^-alpha: a = A^(1/alpha), b = alpha."""
+    found = {}
+    for h, k in heads:
+        size, power = params[f"A[{h},{k}]"], params[f"alpha[{h},{k}]"]
+        found[h, k] = (float(size ** (1 / power)), float(power))
+    return found
+
+
+def _fitted_heads(config: PlanConfig, name: str, fit: "LawFit") -> HeadLaw:
+    """A law of `scantling fit --law head-configurations`, or a published one."""
+    heads = [(int(h), int(k)) for h, k in (value.split(",") for value in fit.groups["heads"])]
+    if config.parameters not in (None, HeadLaw.count):
+        raise config.fault(("parameters",), f"a law per head configuration counts {HeadLaw.count}; remove this key")
+    ranges = dict.fromkeys(heads, fit.ranges["N"]) if "N" in fit.ranges else {}
+    return HeadLaw(float(fit.params["E"]), _scales(fit.params, heads), ranges, fit, name)
+
+
 def _ladder(heads: Collection[Heads]) -> dict[Heads, tuple[float, float]]:
     """N of the smallest and largest model behind figure 2 of arXiv 2503.09579: L = 6 and 16, d = 128 L, d_h = 64."""
     space = Space(head_dim=(64,), aspect=(128.0, 128.0))
@@ -150,7 +212,7 @@ def _ladder(heads: Collection[Heads]) -> dict[Heads, tuple[float, float]]:
     return {pair: (float(low), float(high)) for pair, (low, high) in zip(heads, sizes, strict=True)}
 
 
-def _token_law(config: PlanConfig, keys: str | ChinchillaKeys) -> TokenLaw:
+def _token_law(config: PlanConfig, keys: str | ChinchillaKeys) -> Law:
     from scantling.laws.lawfit import LawFit
     from scantling.laws.published import load_law
 
@@ -170,6 +232,14 @@ def _token_law(config: PlanConfig, keys: str | ChinchillaKeys) -> TokenLaw:
             fit = load_law(config.folder / keys if Path(keys).suffix else keys)
         except InputError as error:
             raise config.fault(("law",), "; ".join(fault.removeprefix("law: ") for fault in error.faults)) from None
+    if fit.law == "head-configurations":
+        return _fitted_heads(config, name, fit)
+    if fit.law not in ("chinchilla", "overtraining"):
+        raise config.fault(
+            ("law",),
+            f"{name} is a law of {', '.join(fit.formula.columns)}; the planner reads laws of N and D (chinchilla, "
+            "overtraining) and of N by head configuration (head-configurations)",
+        )
     said = fit.conventions.get("N", "")
     named = re.search(r"matmul_non_embedding|non_embedding|active|total", said)
     count: Any = config.parameters or (named[0] if named else "total")

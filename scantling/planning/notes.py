@@ -6,12 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from scantling.errors import InputError
-from scantling.planning.config import HeadLawKeys
+from scantling.planning.costs import CONVENTION, UNITS
+from scantling.planning.limits import heads_sentence
 from scantling.planning.loss import HeadLaw
-from scantling.planning.outcome import Outcome, Problem
+from scantling.planning.outcome import Outcome, Problem, blocked_by
 from scantling.planning.price import CONVENTIONS, Priced
-from scantling.planning.result import Candidate
-from scantling.planning.shapes import MAX_SHAPES
+from scantling.planning.result import Candidate, Sensitivity
+from scantling.planning.screen import POOL, Screened
+from scantling.planning.sections import HeadLawKeys
+from scantling.planning.shapes import MAX_SHAPES, Shapes
+from scantling.yamlio import dotted
 
 NEAR_TIE = 0.5  # percent
 
@@ -22,7 +26,10 @@ NEAR_TIE = 0.5  # percent
 def no_heads(problem: Problem) -> InputError:
     """No head configuration divides, or the law knows none of them."""
     known = problem.law.heads
-    listed = f"; the law has {', '.join(f'{h},{k}' for h, k in known)}" if known else ""
+    asked = heads_sentence(problem.config.constraints, problem.config.serving.devices)
+    listed = f"; {asked}" if asked else ""
+    if known:
+        listed += f"; the law has {', '.join(f'{h},{k}' for h, k in known)}"
     return problem.config.fault(
         ("space", "num_key_value_heads"),
         f"no head configuration is left; key/value heads must divide query heads{listed}",
@@ -32,20 +39,18 @@ def no_heads(problem: Problem) -> InputError:
 def wrong_number(problem: Problem, shapes: int) -> InputError:
     """No shape can be built, or too many."""
     advice = "narrow the lists" if shapes else "heads must divide, and aspect is hidden_size / num_hidden_layers"
+    if not shapes and (asked := heads_sentence(problem.config.constraints, problem.config.serving.devices)):
+        advice += f"; {asked}"
     return problem.config.fault(("space",), f"expected 1 to {MAX_SHAPES:,} shapes, got {shapes:,}; {advice}")
 
 
-def impossible(problem: Problem, priced: Priced, found: Outcome) -> InputError:
+def impossible(problem: Problem, found: Outcome, shapes: Shapes | None, priced: Priced) -> InputError:
     """Why no shape will do, and the nearest change that would."""
     config = problem.config
+    if found.possible.any():
+        return _limited(problem, found, shapes, priced)
     if config.space.real_valued:
         return config.fault(problem.goal_path, "no real-valued shape of this space meets it; raise it")
-    if found.possible.any():
-        least = float(np.min(np.asarray(priced.memory_bytes)[found.possible]))
-        return config.fault(
-            ("budget", "memory_bytes"),
-            f"the smallest shape that meets the rest takes {_up(least)} bytes, got {problem.memory:.4g}; raise it to that",
-        )
     needed, ratio = (
         _up(float(np.nanmin(found.needs))),
         f"{problem.ratio:g} tokens per parameter" if problem.ratio else "",
@@ -58,17 +63,79 @@ def impossible(problem: Problem, priced: Priced, found: Outcome) -> InputError:
             "above that, or let space hold larger shapes",
         )
     serving = " after serving" if problem.limit == "lifetime_flops" else ""
+    unit = UNITS.get(problem.limit, "")
     return config.fault(
         problem.goal_path,
-        f"the cheapest shape of the space needs {needed} FLOPs for {ratio or 'one sequence of training'}{serving}, got "
+        f"the cheapest shape of the space needs {needed} {unit} for {ratio or 'one sequence of training'}{serving}, got "
         f"{problem.goal:.4g}; raise the budget to at least that, or let space hold smaller shapes",
     )
+
+
+def _limited(problem: Problem, found: Outcome, shapes: Shapes | None, priced: Priced) -> InputError:
+    """Which limit no shape keeps: the single change nearest to what was asked, or the limits that contradict each other."""
+    config, limits = problem.config, problem.limits
+    kept = {i: least <= limits[i].most * (1 + 1e-12) for i, least in found.least.items()}
+    changes: list[tuple[float, int, float]] = []
+    for i, least in found.least.items():
+        others = np.logical_and.reduce([found.possible, *(kept[j] for j in kept if j != i)])
+        if others.any():
+            value = float(np.min(least[others]))
+            if value > limits[i].most:
+                changes.append((value / limits[i].most, i, value))
+    advice = _reachable(problem, shapes, priced)
+    if not changes:
+        broken = [i for i in kept if not (kept[i] & found.possible).all()]
+        said = "; ".join(
+            f"{dotted(limits[i].path)} would have to be {_up(float(np.min(found.least[i][found.possible])))} by itself, got "
+            f"{limits[i].most:.4g}"
+            for i in broken
+        )
+        return config.fault(
+            limits[broken[0]].path, f"no shape keeps all limits, whichever one is lifted: {said}{advice}"
+        )
+    _, i, value = min(changes)
+    unit, limit = UNITS.get(limits[i].name, ""), limits[i]
+    if limit.path[-1] == "unique_tokens":
+        value, unit = value / config.constraints.max_epochs, "unique tokens"
+        asked = limit.most / config.constraints.max_epochs
+    else:
+        asked = limit.most
+    others_said = [
+        f"{dotted(limits[j].path)} to {_up(other)}"
+        for _, j, other in sorted(changes)[1:]
+        if limits[j].path[-1] != "unique_tokens"
+    ]
+    or_others = f" (or {' or '.join(others_said)})" if others_said else ""
+    return config.fault(
+        limit.path,
+        f"the smallest shape that meets the rest takes {_up(value)} {unit}, got {asked:.4g}; raise it to that"
+        f"{or_others}{advice}",
+    )
+
+
+def _reachable(problem: Problem, shapes: Shapes | None, priced: Priced) -> str:
+    """The loss that the limits leave within reach, where a target could be raised instead."""
+    if problem.limit is not None or problem.ratio is not None or shapes is None:
+        return ""
+    caps = []
+    for limit in problem.limits:
+        a, b = problem.parts(limit.name, priced)
+        fixed = np.where(a <= limit.most, np.inf, -np.inf)
+        with np.errstate(all="ignore"):
+            caps.append(np.where(b > 0, (limit.most - a) / b, fixed))
+    tokens = np.min(np.stack(np.broadcast_arrays(*caps, np.zeros(len(shapes))))[:-1], axis=0)
+    usable = tokens > 0
+    if not usable.any():
+        return ""
+    n = np.broadcast_to(np.asarray(priced.parameters, dtype=np.float64), tokens.shape)[usable]
+    best = float(np.min(problem.law.loss(shapes.take(usable), n, tokens[usable])))
+    return f", or target.loss to {_up(best)}"
 
 
 def _up(value: float) -> str:
     """Five digits, rounded up, so that the number printed is enough."""
     step = 10.0 ** (math.floor(math.log10(value)) - 4)
-    return f"{math.ceil(value / step) * step:.5g}"
+    return f"{math.ceil(value / step * (1 - 1e-12)) * step:.5g}"
 
 
 # --- notes -------------------------------------------------------------------------------------------------------------
@@ -84,7 +151,10 @@ def notes(problem: Problem, candidates: Sequence[Candidate], real: Candidate) ->
     """
     config, law, best = problem.config, problem.law, candidates[0]
     found = [law.count_note, f"Costs ({config.convention}): {CONVENTIONS[config.convention]}."]
+    if site := config.site:
+        found.append(f"{site.device.name}, mfu {site.mfu:g}, mbu {site.mbu:g}: {CONVENTION}.")
     found += [*_about_law(problem), *_held(problem), *_overshoot(problem, best, real), *_edges(problem, best)]
+    found += _repeats(problem, best)
     if config.space.real_valued:
         found.append("Depth and width are left real numbers; real_valued: false gives buildable shapes.")
     found += [f"The best candidate is extrapolated: {sentence}." for sentence in best.extrapolation]
@@ -162,6 +232,17 @@ def _edges(problem: Problem, best: Candidate) -> list[str]:
     return found
 
 
+def _repeats(problem: Problem, best: Candidate) -> list[str]:
+    """How often the data is repeated."""
+    unique = problem.config.constraints.unique_tokens
+    if unique is None or best.tokens <= unique:
+        return []
+    return [
+        f"The best candidate repeats the data {best.tokens / unique:.3g} times: the law was fitted to tokens seen once; up to "
+        "about 4 epochs lose little (arXiv 2305.16264)."
+    ]
+
+
 def _ties(problem: Problem, candidates: Sequence[Candidate]) -> list[str]:
     """How many candidates are as good as the best."""
     objective = problem.config.objective
@@ -174,3 +255,24 @@ def _ties(problem: Problem, candidates: Sequence[Candidate]) -> list[str]:
         f"{ties} more candidate{'s are' if ties > 1 else ' is'} within {NEAR_TIE:g} % of the best {what}: choose among "
         "them by what is not modelled."
     ]
+
+
+def about_limits(
+    problem: Problem, screened: Screened | None, best: Candidate, turned: Sequence[Sensitivity]
+) -> list[str]:
+    """What the binding limit costs, and how firmly the choice stands when the plan's numbers change."""
+    said = []
+    if screened is not None and (binding := blocked_by(problem, screened.found, best.objective)):
+        place, least = binding
+        gain = 100 * (best.objective / least - 1)
+        said.append(
+            f"Without {dotted(problem.limits[place].path)} the best {problem.config.objective} would be {gain:.3g} % better."
+        )
+    if screened is not None and screened.stride > 1:
+        said.append(f"The front and the sensitivity use every {screened.stride}th shape and the best {POOL} of all.")
+    heads = f"{best.num_attention_heads:g}/{best.num_key_value_heads:g}"
+    for item in turned:
+        if not item.same_heads and problem.law.heads is not None:
+            there = f"{item.num_attention_heads:g}/{item.num_key_value_heads:g}"
+            said.append(f"At {item.factor:g} times {item.key} the heads {there} come first instead of {heads}.")
+    return said

@@ -2,19 +2,30 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from scantling.planning.config import Limit, PlanConfig
+from scantling.costing import cost
+from scantling.planning.config import COSTS, PlanConfig
+from scantling.planning.costs import (
+    NEEDS_DEVICE,
+    NEEDS_PRICE,
+    NEEDS_SERVED_TOKENS,
+    OF_TOKENS,
+    TIMED,
+    CostName,
+    parts,
+    serve,
+)
+from scantling.planning.limits import Limit
 from scantling.planning.loss import Law, TokenLaw, read_law
-from scantling.planning.price import Priced, price
+from scantling.planning.price import Priced, Quote, price
 from scantling.planning.shapes import Array, Floats, Shapes
-from scantling.rows import Row
+from scantling.rows import rows
 from scantling.yamlio import KeyPath
-
-Z_MEMORY_SHARE, Z_MEMORY_POWER, Z_FLOPS_POWER = 0.9, 1 / 2, 1 / 3  # lambda, alpha, beta of arXiv 2503.09579, eq. 5
 
 
 @dataclass(frozen=True)
@@ -22,44 +33,72 @@ class Problem:
     """A plan with its law, and the one number that the front varies.
 
     Attributes:
-        goal: `target.loss`, or the amount of the budget named `limit`.
+        goal: the target loss, or the amount of the budget named `limit`.
         limit: what is spent; None with a target loss.
-        memory: bytes allowed.
+        limits: every upper limit, the budget's first.
         ratio: fixed tokens per parameter, or None when the tokens are free.
     """
 
     config: PlanConfig
     law: Law
     goal: float
-    limit: Limit | None
-    memory: float
+    limit: CostName | None
+    limits: tuple[Limit, ...]
     ratio: float | None
 
     def at(self, goal: float) -> "Problem":
         """The same plan with another target or budget."""
-        return dataclasses.replace(self, goal=goal, memory=goal if self.limit == "memory_bytes" else self.memory)
+        limits = self.limits
+        if self.limit is not None:
+            limits = (dataclasses.replace(limits[0], most=goal), *limits[1:])
+        return dataclasses.replace(self, goal=goal, limits=limits)
 
     @property
     def goal_path(self) -> KeyPath:
         """The key of the plan that states the goal."""
-        return ("target", "loss") if self.limit is None else ("budget", self.limit)
+        if self.limit is not None:
+            return ("budget", self.limit)
+        return ("target", "error" if self.config.target and self.config.target.error else "loss")
 
-    def price(self, shapes: Shapes) -> Priced:
-        """What shapes cost in the plan's convention."""
-        return self.price_rows(shapes.rows(self.config.space))
+    @property
+    def asked(self) -> set[CostName]:
+        """The costs that decide: minimised or limited."""
+        return {*self.config.weights, *(limit.name for limit in self.limits)}
 
-    def price_rows(self, table: Sequence[Row]) -> Priced:
-        """As `price`, from cost rows."""
-        config = self.config
-        return price(
+    def price(self, shapes: Shapes, everything: bool = False) -> Quote:
+        """What shapes cost in the plan's convention; `everything`, or only what decides."""
+        return self.quote(shapes.stack(self.config.space), everything)
+
+    def quote(self, model: Any, everything: bool = False) -> Quote:
+        """As `price`, for a spec or a `Stack` of arrays."""
+        config, serving = self.config, self.config.serving
+        priced_at = {
+            length: cost(model, length, serving.batch, serving.bytes_per_value)
+            for length in (config.contexts if everything or self.asked & {*TIMED, "decode_bytes"} else ())
+        }
+        one = None
+        if priced_at and config.site is not None:
+            one = cost(model, config.context, 1, serving.bytes_per_value)
+        table = priced_at[config.context].rows if priced_at else rows(model)
+        priced = price(
             table,
             config.convention,
             self.law.count,
             sequence_length=config.training.sequence_length,
             context=config.context,
-            batch=config.serving.batch,
-            bytes_per_value=config.serving.bytes_per_value,
+            shares=config.contexts,
+            batch=serving.batch,
+            bytes_per_value=serving.bytes_per_value,
         )
+        served = serve(priced_at, config.contexts, one, config.site, serving.dtype) if priced_at else None
+        values = {item.name: getattr(priced, item.name) for item in dataclasses.fields(Priced)}
+        return Quote(**values, served=served)
+
+    def parts(self, name: CostName, priced: Priced) -> tuple[Floats, Floats]:
+        """(a, b) of a cost a + b D."""
+        config, served = self.config, getattr(priced, "served", None)
+        fixed, per_token = parts(name, priced, served, config.serving.tokens or 0.0, config.site)
+        return _floats(fixed), _floats(per_token)
 
 
 def pose(config: PlanConfig) -> Problem:
@@ -70,25 +109,54 @@ def pose(config: PlanConfig) -> Problem:
     """
     law = read_law(config)
     ratio = config.training.tokens_per_parameter or law.tokens_per_parameter
-    limit, goal, memory = None, 0.0, math.inf
+    limit: CostName | None = None
+    goal = 0.0
     if config.target is not None:
-        goal = config.target.loss
+        goal = config.target.loss or 0.0
+        if config.target.error is not None:
+            goal = _loss_for_error(config, law)
         if goal <= law.E:
             raise config.fault(
                 ("target", "loss"),
                 f"the law never goes down to E = {law.E:.6g} nats per token, got the target {goal:.6g}; raise it",
             )
     elif config.budget is not None:
-        limit, goal = config.budget.limit
-        memory = config.budget.memory_bytes or math.inf
-    if ratio is None and (limit == "memory_bytes" or config.objective in ("memory_bytes", "z")):
+        limit = config.budget.limit
+        goal = config.limits[0].most
+    free = ratio is None and not config.limits_tokens
+    if free and (limit is not None or not any(name in OF_TOKENS for name in config.weights)):
         what = "a budget of memory alone" if limit else f"minimize: {config.objective}"
         raise config.fault(
             ("training", "tokens_per_parameter"),
             f"{what} has no optimum while tokens are free: training longer costs nothing; give a number such as 20"
-            + (", or budget.training_flops" if limit else ""),
+            + (", or budget.training_flops" if limit else ", or constraints.training_flops"),
         )
-    return Problem(config, law, goal, limit, memory, ratio)
+    return Problem(config, law, goal, limit, config.limits, ratio)
+
+
+def _loss_for_error(config: PlanConfig, law: Law) -> float:
+    """The loss at which the law's own law from loss to error gives the target error."""
+    target = config.target
+    assert target is not None and target.error is not None
+    known = law.fit.downstream if isinstance(law, TokenLaw) else {}
+    if not known:
+        raise config.fault(
+            ("target", "error"),
+            f"the law {law.name} has no law from loss to error; give target.loss, or fit one with "
+            "`scantling fit --error COLUMN`",
+        )
+    task = target.task or (next(iter(known)) if len(known) == 1 else "")
+    if task not in known:
+        raise config.fault(("target", "task"), f"expected one of {', '.join(known)}, got {task or 'nothing'}")
+    down = known[task]
+    least = float(down.error(law.E))
+    if not least < target.error < down.epsilon:
+        raise config.fault(
+            ("target", "error"),
+            f"the law of {task} goes from {least:.4g} (at the irreducible loss) to {down.epsilon:.4g}, got "
+            f"{target.error:g}; choose an error between",
+        )
+    return -math.log((down.epsilon - target.error) / down.k) / down.gamma
 
 
 @dataclass(frozen=True)
@@ -99,22 +167,24 @@ class Outcome:
         tokens: D.
         loss: nats per token.
         training_flops, serving_flops: of all tokens trained on and served.
-        z: the combined cost of memory and FLOPs.
         objective: what the plan minimises.
-        possible: the target is reached, or the budget suffices, memory aside.
-        fits: within the memory allowed.
+        possible: the target is reached, or the budget suffices, other limits aside.
+        fits: within all other limits.
         needs: the smallest goal at which the shape would be possible.
+        least: by place in `Problem.limits`, the smallest value at which the shape would keep that limit.
+        binding: place in `Problem.limits` of the one that holds the tokens down, or -1.
     """
 
     tokens: Floats
     loss: Floats
     training_flops: Floats
     serving_flops: Floats
-    z: Floats
     objective: Floats
     possible: Array
     fits: Array
     needs: Floats
+    least: Mapping[int, Floats] = field(default_factory=dict)
+    binding: Array | None = None
 
     @property
     def score(self) -> Floats:
@@ -122,65 +192,97 @@ class Outcome:
         return np.where(self.possible & self.fits, self.objective, np.inf)
 
 
-def outcome(problem: Problem, shapes: Shapes | None, priced: Priced) -> Outcome:
-    """What shapes at these prices do for the goal; without shapes, for a law that knows none (`TokenLaw`)."""
-    n, per_token, per_served = (
-        _floats(x) for x in (priced.parameters, priced.training_flops_per_token, priced.serving_flops_per_token)
-    )
-    memory, flops = _floats(priced.memory_bytes), _floats(priced.flops)
-    serving_flops = per_served * (problem.config.serving.tokens or 0.0)
+def outcome(problem: Problem, shapes: Shapes | None, priced: Priced, law: Law | None = None) -> Outcome:
+    """What shapes at these prices do for the goal; without shapes, for a law that knows none (`TokenLaw`).
+
+    Args:
+        problem: the plan.
+        shapes: for a law that knows heads.
+        priced: from `Problem.price`.
+        law: another one than the plan's: one of its draws.
+    """
+    law = law or problem.law
+    n, per_token = _floats(priced.parameters), _floats(priced.training_flops_per_token)
+    if shapes is not None:
+        n = np.broadcast_to(n, shapes.hidden_size.shape)
+    serving_flops = _floats(priced.serving_flops_per_token) * (problem.config.serving.tokens or 0.0)
+    costs = {name: problem.parts(name, priced) for name in problem.asked}
+    limits = [(limit, *costs[limit.name]) for limit in problem.limits]
+    sequence, binding = float(problem.config.training.sequence_length), None
     with np.errstate(all="ignore"):
-        if problem.limit is None:
-            tokens, loss, possible, needs = _to_target(problem, shapes, n)
+        if problem.ratio is not None:
+            tokens = least = problem.ratio * n
+        elif problem.limit is None:
+            assert isinstance(law, TokenLaw)  # the other kind has a ratio of its own
+            tokens = least = law.tokens(n, problem.goal)
         else:
-            tokens, loss, possible, needs = _within_budget(problem, shapes, n, per_token, serving_flops)
+            caps = [np.where(b > 0, (limit.most - a) / b, np.inf) for limit, a, b in limits]
+            stacked = np.stack(np.broadcast_arrays(*caps, n))[:-1]
+            tokens, binding, least = stacked.min(axis=0), stacked.argmin(axis=0), np.full_like(n, sequence)
+        loss = law.loss(shapes, n, np.where(tokens > 0, tokens, np.nan))
+        spent = {i: _floats(a + b * least) for i, (_, a, b) in enumerate(limits)}
+        keeps = [_within(spent[i], limit.most) for i, (limit, _, _) in enumerate(limits)]
+        if problem.limit is None:
+            possible, others = (loss <= problem.goal, keeps) if problem.ratio else (np.isfinite(tokens), keeps)
+            needs = loss if problem.ratio else law.loss(shapes, n, np.inf)
+        elif np.any(limits[0][2] > 0):
+            possible, others, needs = keeps[0], keeps[1:], spent[0]
+        else:
+            possible, others, needs = np.full(n.shape, True), keeps, spent[0]
+        fits = np.logical_and.reduce([np.full(n.shape, True), *others])
         training_flops = per_token * tokens
-        z = Z_MEMORY_SHARE * memory**Z_MEMORY_POWER + (1 - Z_MEMORY_SHARE) * flops**Z_FLOPS_POWER
-    objectives = {
-        "training_flops": training_flops,
-        "lifetime_flops": training_flops + serving_flops,
-        "memory_bytes": memory,
-        "z": z,
-        "loss": loss,
-    }
+        objective = loss
+        if weights := problem.config.weights:
+            objective = _floats(
+                sum(weight * (costs[name][0] + costs[name][1] * tokens) for name, weight in weights.items())
+            )
     return Outcome(
         tokens=tokens,
         loss=loss,
         training_flops=training_flops,
         serving_flops=serving_flops,
-        z=z,
-        objective=objectives[problem.config.objective],
-        possible=possible,
-        fits=memory <= problem.memory,
-        needs=needs,
+        objective=np.broadcast_to(objective, n.shape),
+        possible=np.broadcast_to(possible, n.shape),
+        fits=fits,
+        needs=np.broadcast_to(needs, n.shape),
+        least={i: np.broadcast_to(value, n.shape) for i, value in spent.items()},
+        binding=binding,
     )
 
 
-def _to_target(problem: Problem, shapes: Shapes | None, n: Floats) -> tuple[Floats, Floats, Array, Floats]:
-    """Tokens, loss, possible, needs: the tokens that reach the target, or the loss that a fixed ratio gives."""
-    law = problem.law
-    if problem.ratio is not None:
-        tokens = problem.ratio * n
-        loss = law.loss(shapes, n, tokens)
-        return tokens, loss, loss <= problem.goal, loss
-    assert isinstance(law, TokenLaw)  # the other kind has a ratio of its own
-    tokens = law.tokens(n, problem.goal)
-    return tokens, law.loss(shapes, n, tokens), np.isfinite(tokens), law.loss(shapes, n, np.inf)
+def all_costs(problem: Problem, priced: Quote, tokens: Floats) -> dict[str, Floats]:
+    """Every cost that the plan says enough for, by name."""
+    site, found = problem.config.site, {}
+    for name in COSTS:
+        if name in NEEDS_DEVICE and site is None:
+            continue
+        if name in NEEDS_PRICE and (site is None or site.usd_per_hour is None):
+            continue
+        if name in NEEDS_SERVED_TOKENS and problem.config.serving.tokens is None and name != "lifetime_flops":
+            continue
+        if name == "z" and problem.config.convention != "paper-figure-2":
+            continue
+        a, b = problem.parts(name, priced)
+        found[str(name)] = a + b * tokens
+    return found
 
 
-def _within_budget(
-    problem: Problem, shapes: Shapes | None, n: Floats, per_token: Floats, serving_flops: Floats
-) -> tuple[Floats, Floats, Array, Floats]:
-    """Tokens, loss, possible, needs: the tokens that the budget leaves, or a fixed ratio where it leaves enough."""
-    before = serving_flops if problem.limit == "lifetime_flops" else np.zeros_like(n)
-    left = np.full_like(n, np.inf) if problem.limit == "memory_bytes" else (problem.goal - before) / per_token
-    if problem.ratio is not None:
-        tokens = least = problem.ratio * n
-    else:
-        tokens, least = left, np.full_like(n, problem.config.training.sequence_length)
-    loss = problem.law.loss(shapes, n, np.where(tokens > 0, tokens, np.nan))
-    return tokens, loss, left >= least, before + per_token * least
+def _within(value: Floats, most: float) -> Array:
+    """Whether a limit is kept, rounding aside."""
+    return np.asarray(value <= most * (1 + 1e-12))
 
 
 def _floats(value: object) -> Floats:
     return np.asarray(value, dtype=np.float64)
+
+
+def blocked_by(problem: Problem, found: Outcome, objective: float) -> tuple[int, float] | None:
+    """The limit that alone keeps out a better shape than `objective`, and the best objective behind it."""
+    kept = {i: least <= problem.limits[i].most * (1 + 1e-12) for i, least in found.least.items()}
+    blocked = []
+    for i, keeps in kept.items():
+        others = np.logical_and.reduce([found.possible, ~keeps, *(kept[j] for j in kept if j != i)])
+        better = others & (found.objective < objective)
+        if better.any():
+            blocked.append((float(found.objective[better].min()), i))
+    return (min(blocked)[1], min(blocked)[0]) if blocked else None

@@ -1,8 +1,8 @@
 """What shapes cost, in a named convention: sums over the rows of `scantling.costing`, for one spec or for arrays of shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from scantling.costing import flops_per_token, param_counts, total
 from scantling.rows import Number, Row
@@ -46,6 +46,13 @@ class Priced:
         return self.weight_bytes + self.kv_cache_bytes
 
 
+@dataclass(frozen=True)
+class Quote(Priced):
+    """Prices together with what serving moves and how long it takes (`costs.Served`), where that was asked for."""
+
+    served: Any = None
+
+
 def price(
     table: Sequence[Row],
     convention: Convention,
@@ -53,6 +60,7 @@ def price(
     *,
     sequence_length: int,
     context: int,
+    shares: Mapping[int, float] | None = None,
     batch: int,
     bytes_per_value: int,
 ) -> Priced:
@@ -63,20 +71,25 @@ def price(
         convention: how FLOPs and memory are counted, see `CONVENTIONS`.
         count: which parameters are the law's N.
         sequence_length: of training.
-        context, batch, bytes_per_value: of serving.
+        context, batch, bytes_per_value: of serving; memory is at this context.
+        shares: of the served tokens by context, for the mean FLOPs per served token; default all at `context`.
     """
+    shares = shares or {context: 1.0}
     counts = param_counts(table)
     parameters, weights = counts[count], counts["total"]
     if convention == "paper-figure-2":
         # training: 6 D (N + 2 L Tbar d_h n_h) with Tbar = sequence_length / 2 (appendix C)
         weights, scores = counts["matmul_non_embedding"], total(table, "score_flops")
-        train, serve = 3 * (2 * weights + scores * sequence_length / 2), 2 * weights + scores * context
+        train, serve = (
+            3 * (2 * weights + scores * sequence_length / 2),
+            _mean(shares, lambda length: 2 * weights + scores * length),
+        )
     elif convention == "6nd":
         train, serve = 6 * parameters, 2 * parameters
     else:
         names = ("train", "decode") if convention == "full" else ("train_causal", "forward_causal")
         train = flops_per_token(table, sequence_length)[names[0]]
-        serve = flops_per_token(table, context)[names[1]]
+        serve = _mean(shares, lambda length: flops_per_token(table, length)[names[1]])
     return Priced(
         parameters=parameters,
         training_flops_per_token=train,
@@ -85,3 +98,10 @@ def price(
         kv_cache_bytes=total(table, "kv_elements") * bytes_per_value * context * batch,
         flops=serve * context,
     )
+
+
+def _mean(shares: Mapping[int, float], at: Callable[[int], Number]) -> Number:
+    """The mean over the contexts; of a single one exactly its value."""
+    if len(shares) == 1:
+        return at(next(iter(shares)))
+    return sum(share * at(length) for length, share in shares.items())

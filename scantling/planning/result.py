@@ -17,8 +17,13 @@ class Candidate:
         tokens: D.
         loss_low, loss_high: 95% interval of the law, or None for the reason in `no_interval`.
         flops: of all tokens of one context.
+        costs: every cost of `costs.CostName` that the plan says enough for.
+        errors: task error by task, from the law's own law from loss to error.
         margin_percent: how much worse the next candidate's objective is.
         binding: the constraint that keeps the objective from improving.
+        probability_best: share of the law's draws in which it is the best of these candidates.
+        expected_regret: mean over the draws of its objective less the best of the screened pool's, in the objective's unit.
+        probability_reached: share of the draws in which it reaches the target within the limits.
         extrapolation: one sentence for each quantity outside the fitted range.
         spec, yaml, hash: the buildable spec; None for real-valued shapes.
     """
@@ -53,7 +58,12 @@ class Candidate:
     spec: dict[str, Any] | None
     yaml: str | None
     hash: str | None
+    costs: dict[str, float]
+    errors: dict[str, float] | None = None
     margin_percent: float | None = None
+    probability_best: float | None = None
+    expected_regret: float | None = None
+    probability_reached: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,78 @@ class LawOptimum:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What would be best if one number of the plan were other.
+
+    Attributes:
+        key: of the plan; `factor` and `value`: what it is multiplied by and becomes.
+        num_attention_heads ... : the best shape then.
+        same_heads: whether its heads are those of the plan's choice.
+        regret_percent: how much worse the plan's choice is there than the best; None where the choice becomes impossible.
+    """
+
+    key: str
+    factor: float
+    value: float
+    num_attention_heads: float
+    num_key_value_heads: float
+    hidden_size: float
+    num_hidden_layers: float
+    same_heads: bool
+    regret_percent: float | None
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """A candidate that no other beats in both memory and FLOPs."""
+
+    memory_bytes: float
+    flops: float
+    hidden_size: float
+    num_hidden_layers: float
+    num_attention_heads: float
+    num_key_value_heads: float
+
+
+@dataclass(frozen=True)
+class NextRun:
+    """One run to train next."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    parameters: float
+    tokens: float
+    tokens_per_parameter: float
+    training_flops: float
+
+
+@dataclass(frozen=True)
+class NextRuns:
+    """The runs that most lower the expected regret of the choice.
+
+    Attributes:
+        training_flops: of all of them.
+        expected_regret, expected_regret_after: before and after them, in the objective's unit.
+        noise: standard deviation assumed of a run's log loss.
+        draws: of the law.
+        grid: sizes and columns considered.
+        study: YAML; None where no run is worth its compute.
+    """
+
+    runs: tuple[NextRun, ...]
+    training_flops: float
+    expected_regret: float
+    expected_regret_after: float
+    regret_removed_per_flop: float
+    noise: float
+    draws: int
+    grid: tuple[int, int]
+    study: str | None
+
+
+@dataclass(frozen=True)
 class FrontPoint:
     """The best loss for a cost, or the least cost for a loss."""
 
@@ -102,6 +184,12 @@ class Plan:
         front: the plan solved again for other targets or budgets; `front_cost` names its cost axis.
         screened: whole-number shapes priced.
         notes: conventions, what was held fixed, extrapolation, near-ties.
+        serving: context (the largest), contexts with shares, batch, dtype, devices and tokens.
+        sensitivity: the choice at half and double the context, served tokens, batch and price.
+        memory_front: memory against the FLOPs of the plan (lifetime, or of one context), over all shapes that will do.
+        no_probability: why no candidate has a probability of being best.
+        next: the runs to train next, where the plan asks.
+        study: YAML of a study that would put the choice to the test.
     """
 
     minimize: str
@@ -115,6 +203,12 @@ class Plan:
     front: tuple[FrontPoint, ...]
     screened: int
     notes: tuple[str, ...]
+    serving: dict[str, Any]
+    sensitivity: tuple[Sensitivity, ...] = ()
+    memory_front: tuple[MemoryPoint, ...] = ()
+    no_probability: str | None = None
+    study: str | None = None
+    next: NextRuns | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, in JSON types."""

@@ -5,7 +5,7 @@ prices one spec prices thousands of shapes. `real_shapes` rounds nothing; `whole
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,8 @@ Floats = npt.NDArray[np.float64]
 
 DEFAULT_ASPECT = (128.0, 128.0)
 WIDTH_STEP = 64  # of hidden_size where it need not be a multiple of head_dim
-MAX_SHAPES = 1_000_000
+MAX_SHAPES = 50_000_000
+CHUNK = 200_000  # shapes priced at a time
 
 
 # --- the file form -----------------------------------------------------------------------------------------------------
@@ -174,6 +175,10 @@ class Shapes:
 
     def rows(self, space: Space) -> list[Row]:
         """Cost rows whose counts are arrays: `costing.rows` of a `Stack`."""
+        return rows(self.stack(space))
+
+    def stack(self, space: Space) -> Stack:
+        """The shapes as one model whose sizes are arrays."""
         layer = StackLayer(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
@@ -183,7 +188,7 @@ class Shapes:
             ffn=StackFFN(self.intermediate_size, space.ffn.kind, space.ffn.gated),
             repeat=self.num_hidden_layers,
         )
-        return rows(Stack(space.vocab_size, self.hidden_size, self.hidden_size, space.tie_word_embeddings, (layer,)))
+        return Stack(space.vocab_size, self.hidden_size, self.hidden_size, space.tie_word_embeddings, (layer,))
 
     def mapping(self, index: int, space: Space, positions: int) -> dict[str, Any]:
         """One shape as a spec mapping that `resolve.spec_from` reads."""
@@ -247,13 +252,40 @@ def whole_shapes(space: Space, kinds: Sequence[Family], around: tuple[float, flo
         kinds: the families, numbered in `Shapes.family`.
         around: lowest and highest hidden_size where the space lists none.
     """
-    parts = [_family_shapes(space, kind, number, around) for number, kind in enumerate(kinds)]
+    return joined(list(shape_chunks(space, kinds, around)))
+
+
+def shape_chunks(space: Space, kinds: Sequence[Family], around: tuple[float, float]) -> Iterator[Shapes]:
+    """As `whole_shapes`, at most `CHUNK` at a time, so that millions of shapes need little memory; at least one chunk."""
+    for number, kind in enumerate(kinds):
+        step = kind.head_dim if kind.heads is None else WIDTH_STEP
+        width, depth = _widths_and_depths(space, step, around)
+        for first in range(0, max(1, width.size), CHUNK):
+            yield _family_shapes(space, kind, number, width[first : first + CHUNK], depth[first : first + CHUNK])
+
+
+def joined(parts: Sequence[Shapes]) -> Shapes:
+    """The shapes of all parts."""
     return Shapes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Shapes)))
 
 
-def _family_shapes(space: Space, kind: Family, number: int, around: tuple[float, float]) -> Shapes:
-    step = kind.head_dim if kind.heads is None else WIDTH_STEP
-    width, depth = _widths_and_depths(space, step, around)
+def shape_count(space: Space, kinds: Sequence[Family], around: tuple[float, float]) -> int:
+    """How many shapes `shape_chunks` builds at most, before any that heads or depth rule out."""
+    total = 0
+    for kind in kinds:
+        step = kind.head_dim if kind.heads is None else WIDTH_STEP
+        if space.num_hidden_layers is None:
+            total += int(_depth_ends(space, _widths(space, step, around))[1].sum())
+        elif space.hidden_size is None and space.aspects[0] == space.aspects[1]:
+            total += len(space.num_hidden_layers)
+        else:
+            low, high = space.aspects
+            depths = space.num_hidden_layers
+            total += _widths(space, step, (low * min(depths), high * max(depths))).size * len(depths)
+    return total
+
+
+def _family_shapes(space: Space, kind: Family, number: int, width: Array, depth: Array) -> Shapes:
     keep = depth <= MAX_LAYERS
     if kind.heads is None:
         keep &= width % kind.head_dim == 0
@@ -267,17 +299,23 @@ def _family_shapes(space: Space, kind: Family, number: int, around: tuple[float,
     return Shapes(width, depth, heads, kv_heads, head_dim, inner, family).take(keep)
 
 
+def _depth_ends(space: Space, widths: Array) -> tuple[Array, Array]:
+    """The first depth of each width, and how many there are."""
+    low, high = space.aspects
+    if low == high:  # the two nearest depths
+        first, last = np.floor(widths / low), np.ceil(widths / low)
+    else:
+        first, last = np.ceil(widths / high), np.floor(widths / low)
+    first, last = (end.astype(np.int64).clip(1) for end in (first, last))
+    return first, (last - first + 1).clip(0)
+
+
 def _widths_and_depths(space: Space, step: int, around: tuple[float, float]) -> tuple[Array, Array]:
     """(hidden_size, num_hidden_layers) of every shape of one family; widths that are not listed are multiples of `step`."""
     low, high = space.aspects
     if space.num_hidden_layers is None:
         widths = _widths(space, step, around)
-        if low == high:  # the two nearest depths
-            first, last = np.floor(widths / low), np.ceil(widths / low)
-        else:
-            first, last = np.ceil(widths / high), np.floor(widths / low)
-        first, last = (end.astype(np.int64).clip(1) for end in (first, last))
-        number = (last - first + 1).clip(0)
+        first, number = _depth_ends(space, widths)
         before = np.cumsum(number) - number  # shapes of all earlier widths
         return np.repeat(widths, number), np.arange(number.sum()) + np.repeat(first - before, number)
     depths = np.array(space.num_hidden_layers, dtype=np.int64)

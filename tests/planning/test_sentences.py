@@ -110,7 +110,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"target": LOSS, "space": {"num_attention_heads": 8, "num_key_value_heads": 3}},
         "space.num_key_value_heads: no head configuration is left; key/value heads must divide query heads",
     ),
-    ({"target": LOSS, "space": {"hidden_size": 100}}, "space: expected 1 to 1,000,000 shapes, got 0; heads must"),
+    ({"target": LOSS, "space": {"hidden_size": 100}}, "space: expected 1 to 50,000,000 shapes, got 0; heads must"),
     ({"target": LOSS, "space": {"width": {}}}, "space.width: no law the planner reads says what a width profile"),
     ({"target": {"los": 2.2}}, "target.los: unknown key"),
     (
