@@ -125,6 +125,7 @@ def _chosen(config: RunConfig, world: World) -> Engine:
         if train.precision == "float32"
         else "high"
     )
+    use_float32(float32)  # before anything is timed
     attention: Literal["block", "fused"] = "fused"
     if device == "cpu":
         attention, why = fastest_attention(config.spec, train.sequence_length, precision)
@@ -184,7 +185,9 @@ def fastest_attention(
         return seconds[1] / seconds[0]
 
     layers = ", ".join(f"{len(same)} x {key}" for key, same in shapes.items())
-    gain: float = remembered(f"block over fused attention; {precision}, {sequence_length} tokens, {layers}", ratio)
+    products = torch.get_float32_matmul_precision()  # the fused kernel is slower beside oneDNN's
+    question = f"block over fused attention; {precision}, {products} products, {sequence_length} tokens, {layers}"
+    gain: float = remembered(question, ratio)
     best = KERNELS[gain < 1]
     faster = max(gain, 1 / gain)
     return best, f"attention {best}: {faster:.2f}x as fast as the other kernel here at {sequence_length} tokens"

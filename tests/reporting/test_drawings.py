@@ -103,7 +103,7 @@ def test_a_browser_draws_it_and_asks_for_nothing(
     while not all(is_plot and paths for is_plot, paths, _ in plots) and time.monotonic() < until:
         time.sleep(0.1)
         plots = browser.execute_script(drawn)
-    assert len(plots) == 5  # three ladders, the saving, the front
+    assert len(plots) == 7  # three ladders, the saving, two profiles, the front
     for is_plot, paths, wide in plots:
         assert is_plot and paths > 0
         assert 200 < wide <= width
