@@ -161,6 +161,9 @@ def _norm(norm: Any, width: Number, batch: Batch, groups: Number = 1, narrow: bo
     Args:
         narrow: under autocast the input comes as bfloat16, for which torch has no fused RMSNorm with float32 gains.
     """
+    if norm.statistic_size not in (None, width):  # written out: the deviations, the scale, the normalised input
+        centred = norm.kind == "layer_norm"
+        return batch.statistics((2 if centred else 1) * groups) + batch.wide((2 if centred else 1) * width * groups)
     if norm.kind == "layer_norm":
         return batch.statistics(2 * groups)
     if batch.norm == "fused" and not (batch.autocast and narrow):
@@ -171,8 +174,9 @@ def _norm(norm: Any, width: Number, batch: Batch, groups: Number = 1, narrow: bo
 def _attention(layer: Any, batch: Batch) -> Number:
     """Scaled q, rotated k, v, the output projection's input; then what the kernel keeps; then the q/k norm's inputs."""
     heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+    read = heads if getattr(layer, "head_to_group", None) is not None else kv_heads  # a map gives each head its own copy
     out = heads * layer.v_head_dim
-    kept = batch.values((heads + kv_heads) * layer.head_dim + kv_heads * layer.v_head_dim + out)
+    kept = batch.values((heads + read) * layer.head_dim + read * layer.v_head_dim + out)
     softcapped = getattr(layer, "attn_logit_softcapping", None) is not None
     if softcapped:
         kept = kept + batch.values(heads * batch.length * 2)  # tanh's and softmax's outputs
@@ -191,9 +195,10 @@ def _attention(layer: Any, batch: Batch) -> Number:
         return kept
     over_all = layer.qk_norm.over == "all"
     kept = kept + batch.wide((heads + kv_heads) * layer.head_dim)
+    norm = _RMSKind(statistic_size=layer.qk_norm.statistic_size)
     for count in (heads, kv_heads):
         width, groups = (count * layer.head_dim, 1) if over_all else (layer.head_dim, count)
-        kept = kept + _norm(_RMS, width, batch, groups, narrow=True)
+        kept = kept + _norm(norm, width, batch, groups, narrow=True)
     return kept
 
 
@@ -212,9 +217,7 @@ def _pairs(length: Number, window: Number) -> Number:
 @dataclass(frozen=True)
 class _RMSKind:
     kind: str = "rms_norm"
-
-
-_RMS = _RMSKind()
+    statistic_size: int | None = None
 
 
 def _ffn(ffn: Any, width: Number, width_out: Number, batch: Batch) -> Number:

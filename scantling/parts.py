@@ -47,28 +47,42 @@ class Frozen(BaseModel):
 
 
 class RMSNorm(Frozen):
-    """x / sqrt(mean(x^2) + eps) * gain."""
+    """x / sqrt(mean(x^2) + eps) * gain; the mean is over the first `statistic_size` coordinates, None is all."""
 
     kind: Literal["rms_norm"]
     eps: Positive = 1e-6
+    statistic_size: Size | None = None
 
 
 class LayerNorm(Frozen):
-    """(x - mean) / sqrt(var + eps) * gain (+ shift)."""
+    """(x - mean) / sqrt(var + eps) * gain (+ shift); mean and var are over the first `statistic_size` coordinates."""
 
     kind: Literal["layer_norm"]
     eps: Positive = 1e-5
     bias: bool = True
+    statistic_size: Size | None = None
 
 
 Norm = Annotated[RMSNorm | LayerNorm, Field(discriminator="kind")]
 
 
 class QKNorm(Frozen):
-    """RMSNorm of queries and keys before rotation, over each head (Qwen3) or over all heads at once (OLMo 2)."""
+    """RMSNorm of queries and keys before rotation, over each head (Qwen3) or over all heads at once (OLMo 2).
+
+    Attributes:
+        statistic_size: the mean is over the first so many coordinates of each head; None is all. Only with over: head.
+    """
 
     over: Literal["head", "all"] = "head"
     eps: Positive = 1e-6
+    statistic_size: Size | None = None
+
+    @field_validator("statistic_size")
+    @classmethod
+    def _of_a_head(cls, size: int | None, info: ValidationInfo) -> int | None:
+        if size is not None and info.data.get("over") == "all":
+            raise ValueError("statistic_size goes with over: head")
+        return size
 
 
 # --- positions ---------------------------------------------------------------------------------------------------------
@@ -113,16 +127,22 @@ RopeScaling = Annotated[LinearScaling | NTKScaling | YarnScaling | Llama3Scaling
 
 
 class Rope(Frozen):
-    """Rotary positions, rotate-half pairing, frequencies rope_theta^(-2i/d) over the first partial_rotary_factor of a head."""
+    """Rotary positions, rotate-half pairing, frequencies rope_theta^(-2i/d) over the first partial_rotary_factor of a head.
+
+    Attributes:
+        frequency_size: d in rope_theta^(-2i/d); None is the number of rotated dimensions. A head that grew keeps the d it
+            had, so that its old pairs keep their frequencies.
+    """
 
     kind: Literal["rope"]
     rope_theta: Positive = 10000.0
     partial_rotary_factor: Fraction = 1.0
     scaling: RopeScaling | None = None
+    frequency_size: Size | None = None
 
     def rotated(self, head_dim: int) -> int:
         """Dimensions of a head that rotate."""
-        return int(head_dim * self.partial_rotary_factor)
+        return int(head_dim * self.partial_rotary_factor + 1e-6)  # 2/3 of 96 is 64
 
 
 class NoPosition(Frozen):

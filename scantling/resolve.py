@@ -39,6 +39,7 @@ SPEC_KEYS = (
 LAYER_KEYS = (
     "hidden_size",
     "num_attention_heads",
+    "head_to_group",
     "num_key_value_heads",
     "head_dim",
     "v_head_dim",
@@ -201,7 +202,7 @@ class _Resolver:
 
     def check_lengths(self, value: Any, path: KeyPath) -> None:
         """Every list under a per-layer key holds one value per layer."""
-        if isinstance(value, list) and self.depth and len(value) != self.depth:
+        if _per_layer(path[-1], value) and self.depth and len(value) != self.depth:
             self.fault(path, f"expected one value or one per layer ({self.depth}), got {len(value)} values")
         if isinstance(value, dict):
             for key, item in value.items():
@@ -217,12 +218,12 @@ class _Resolver:
         for key in (*LAYER_KEYS, *LAYER_SHORT_FORMS):
             value, path = overrides.get(index, {}).get(key, (self.value.get(key), (key,)))
             if path == (key,):
-                if isinstance(value, list) and len(value) != self.depth:
+                if _per_layer(key, value) and len(value) != self.depth:
                     unusable.add(key)  # its length is already a fault
                     continue
-                if isinstance(value, list):
+                if _per_layer(key, value):
                     value, path = value[index], (key, index)
-                else:
+                elif isinstance(value, dict):
                     value = _at_layer(value, index, self.depth)
             if value is not None:
                 raw[key], sources[key] = value, path
@@ -453,6 +454,12 @@ def _norm_short_form(key: str, eps: Any) -> dict[str, Any] | None:
 def _written(loc: tuple[int | str, ...]) -> KeyPath:
     """Drop the union tags that pydantic puts into a location; they are not keys of the file."""
     return tuple(part for part in loc if part not in UNION_TAGS)
+
+
+def _per_layer(key: object, value: Any) -> bool:
+    """Whether a value is a list of one value per layer; a `head_to_group` of whole numbers is one value, for every layer."""
+    one = key == "head_to_group" and isinstance(value, list) and all(isinstance(item, int) for item in value)
+    return isinstance(value, list) and not one
 
 
 def _at_layer(value: Any, index: int, depth: int) -> Any:

@@ -16,6 +16,7 @@ from scantling.parts import (
     Branches,
     Compress,
     ConvDiff,
+    Count,
     FanInInit,
     Frozen,
     Init,
@@ -40,6 +41,7 @@ class LayerSpec(Frozen):
     """One decoder layer: attention and feed-forward on a residual stream `hidden_size` wide.
 
     Attributes:
+        head_to_group: the key/value head that each query head reads; None is j // (heads / kv_heads) for head j.
         attention_bias: biases of q, k and v; of o too unless attention_out_bias says otherwise.
         attention_multiplier: what scores are multiplied by; None is 1/sqrt(head_dim).
         attn_logit_softcapping: scores become c tanh(scores / c).
@@ -55,6 +57,7 @@ class LayerSpec(Frozen):
 
     hidden_size: Size
     num_attention_heads: Size
+    head_to_group: tuple[Count, ...] | None = None
     num_key_value_heads: Size
     head_dim: Size
     v_head_dim: Size
@@ -76,8 +79,15 @@ class LayerSpec(Frozen):
     @field_validator("num_key_value_heads")
     @classmethod
     def _heads_share(cls, kv_heads: int, info: ValidationInfo) -> int:
-        heads = info.data.get("num_attention_heads")
-        if heads is not None and heads % kv_heads:
+        heads, groups = info.data.get("num_attention_heads"), info.data.get("head_to_group")
+        if groups is not None:
+            if heads is not None and len(groups) != heads:
+                raise ValueError(f"head_to_group needs one entry per query head, expected {heads}, got {len(groups)}")
+            if max(groups) >= kv_heads:
+                raise ValueError(
+                    f"head_to_group names key/value head {max(groups)}, expected 0 to {kv_heads - 1} (num_key_value_heads)"
+                )
+        elif heads is not None and heads % kv_heads:
             raise ValueError(
                 f"{heads} query heads cannot share {kv_heads} key/value heads; expected a divisor of {heads}"
             )
@@ -106,6 +116,15 @@ class LayerSpec(Frozen):
         if parallel and info.data.get("norm_placement", "pre") != "pre":
             raise ValueError("use_parallel_residual goes with norm_placement: pre")
         return parallel
+
+    @field_validator("qk_norm", "norm")
+    @classmethod
+    def _statistic_within(cls, norm: Norm | QKNorm | None, info: ValidationInfo) -> Norm | QKNorm | None:
+        key = "head_dim" if isinstance(norm, QKNorm) else "hidden_size"
+        most, size = info.data.get(key), norm.statistic_size if norm is not None else None
+        if size is not None and most is not None and size > most:
+            raise ValueError(f"expected statistic_size of at most {key} {most}, got {size}")
+        return norm
 
     @field_validator("attention_input_size", "ffn_output_size")
     @classmethod
@@ -144,6 +163,13 @@ class LayerSpec(Frozen):
     def scale(self) -> float:
         """What attention scores are multiplied by: `attention_multiplier`, or 1/sqrt(head_dim)."""
         return self.attention_multiplier if self.attention_multiplier is not None else float(self.head_dim) ** -0.5
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The key/value head that each query head reads."""
+        if self.head_to_group is not None:
+            return self.head_to_group
+        return tuple(head * self.num_key_value_heads // self.num_attention_heads for head in range(self.num_attention_heads))
 
     @property
     def out_bias(self) -> bool:
@@ -190,6 +216,10 @@ class ModelSpec(Frozen):
             )
         if self.branches is not None:
             self._check_branches(self.branches)
+        if self.final_norm is not None and (self.final_norm.statistic_size or 0) > self.norm_width:
+            raise ValueError(
+                f"final_norm: expected statistic_size of at most {self.norm_width}, got {self.final_norm.statistic_size}"
+            )
         widths = self.stream_widths
         changes = [at for at in range(1, len(widths)) if widths[at] != widths[at - 1]]
         places = {at: f"layers[{at - 1}]" if at < len(widths) - 1 else "the unembedding" for at in changes}

@@ -26,6 +26,7 @@ ROPES: list[dict[str, Any]] = [
     {"kind": "rope"},
     {"kind": "rope", "rope_theta": 500.0},
     {"kind": "rope", "scaling": {"kind": "linear", "factor": 2.0}},
+    {"kind": "rope", "frequency_size": 6},
     {"kind": "rope", "scaling": {"kind": "ntk", "factor": 4.0}},
     {"kind": "rope", "scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     {"kind": "rope", "scaling": {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}},
@@ -33,8 +34,10 @@ ROPES: list[dict[str, Any]] = [
 NORMS: list[Any] = [
     {"kind": "rms_norm"},
     {"kind": "rms_norm", "eps": 1e-5},
+    {"kind": "rms_norm", "statistic_size": 5},
     {"kind": "layer_norm"},
     {"kind": "layer_norm", "bias": False},
+    {"kind": "layer_norm", "statistic_size": 7},
 ]
 
 
@@ -78,8 +81,10 @@ def layers(draw: st.DrawFn, width: int) -> dict[str, Any]:
     if position["kind"] == "rope" and head_dim % 4 == 0 and (head_dim > 4 or not ntk) and draw(st.booleans()):
         position = {**position, "partial_rotary_factor": 0.5}
     placement = draw(st.sampled_from(["pre", "post_residual", "post_branch", "sandwich"]))
+    groups = draw(st.one_of(st.none(), st.lists(st.integers(0, kv_heads - 1), min_size=1, max_size=5)))
     return {
-        "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+        "num_attention_heads": len(groups) if groups else kv_heads * draw(st.integers(1, 3)),
+        "head_to_group": groups,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "v_head_dim": draw(st.integers(1, 12)),
@@ -88,7 +93,9 @@ def layers(draw: st.DrawFn, width: int) -> dict[str, Any]:
         "attention_multiplier": draw(st.sampled_from([None, 0.25])),
         "attn_logit_softcapping": draw(st.sampled_from([None, 5.0])),
         "sliding_window": draw(st.sampled_from([None, 1, 3])),
-        "qk_norm": draw(st.sampled_from([None, {"over": "head"}, {"over": "all", "eps": 1e-5}])),
+        "qk_norm": draw(
+            st.sampled_from([None, {"over": "head"}, {"over": "head", "statistic_size": 2}, {"over": "all", "eps": 1e-5}])
+        ),
         "position": position,
         "norm": draw(st.sampled_from(NORMS)),
         "norm_placement": placement,

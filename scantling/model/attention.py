@@ -24,7 +24,8 @@ Kernel = Literal["auto", "block", "fused"]
 class Attention(nn.Module):
     """softmax(q k^T scale) v with `num_attention_heads` query heads sharing `num_key_value_heads` key/value heads.
 
-    Query head j reads key/value head j // (heads / kv_heads). Causal, optionally within a sliding window.
+    Query head j reads key/value head j // (heads / kv_heads), or the one `head_to_group` names. Causal, optionally within a
+    sliding window.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * spec.v_head_dim, width, bias=spec.out_bias)
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
-            norm = RMSNorm(kind="rms_norm", eps=spec.qk_norm.eps)
+            norm = RMSNorm(kind="rms_norm", eps=spec.qk_norm.eps, statistic_size=spec.qk_norm.statistic_size)
             over_all = spec.qk_norm.over == "all"
             self.q_norm = Norm(norm, spec.head_dim * (heads if over_all else 1))
             self.k_norm = Norm(norm, spec.head_dim * (kv_heads if over_all else 1))
@@ -71,7 +72,15 @@ class Attention(nn.Module):
         if past is not None:
             k_bgtk, v_bgtv = past.append(k_bgtk, v_bgtv)
         y_bhtv = attend(
-            q_bhtk, k_bgtk, v_bgtv, spec.scale, spec.sliding_window, spec.attn_logit_softcapping, documents, self.kernel
+            q_bhtk,
+            k_bgtk,
+            v_bgtv,
+            spec.scale,
+            spec.sliding_window,
+            spec.attn_logit_softcapping,
+            documents,
+            self.kernel,
+            spec.head_to_group,
         )
         return self.o_proj(y_bhtv.transpose(1, 2).reshape(batch, length, -1))
 
@@ -95,11 +104,18 @@ def attend(
     softcap: float | None = None,
     documents: Int[Tensor, "batch seq"] | None = None,
     kernel: Kernel = "auto",
+    head_to_group: tuple[int, ...] | None = None,
 ) -> Float[Tensor, "batch heads seq v_head_dim"]:
     """Causal attention; the queries are the last `seq` of the `attended` positions.
 
     Soft-capped scores take plain matrix products, which no fused kernel knows.
+
+    Args:
+        head_to_group: the key/value head of each query head; None is equal groups, in order.
     """
+    if head_to_group is not None:
+        each = torch.tensor(head_to_group, device=q.device)
+        k, v = k.index_select(1, each), v.index_select(1, each)
     new, attended = q.shape[2], k.shape[2]
     if softcap is not None:
         return plain_attention(q, k, v, scale, window, softcap, documents)

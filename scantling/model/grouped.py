@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scantling.model.attention import Attention, LayerCache, attend
 from scantling.model.ffn import FeedForward
 from scantling.model.layer import Cache, Layer
-from scantling.model.norm import Norm
+from scantling.model.norm import Norm, normalised
 from scantling.model.rotary import rotary_table, rotate
 from scantling.model.stream import Stream
 from scantling.parts import DenseFFN, Gaussian, RMSNorm, Rope
@@ -85,11 +85,9 @@ class GroupedNorm:
         self.bias = stack(biases) if biases else None
 
     def __call__(self, x: Float[Tensor, "stacks *batch width"]) -> Float[Tensor, "stacks *batch width"]:
-        width, ones = x.shape[-1], (1,) * (x.ndim - 2)
-        if isinstance(self.spec, RMSNorm):
-            return F.rms_norm(x, (width,), None, self.spec.eps) * self.weight.view(-1, *ones, width)
-        y = F.layer_norm(x, (width,), None, None, self.spec.eps) * self.weight.view(-1, *ones, width)
-        return y if self.bias is None else y + self.bias.view(-1, *ones, width)
+        shape = (-1, *(1,) * (x.ndim - 2), x.shape[-1])
+        y = normalised(x, self.spec) * self.weight.view(shape)
+        return y if self.bias is None else y + self.bias.view(shape)
 
 
 def grouped_linear(linears: Sequence[nn.Module], x: Stacked) -> Stacked:
@@ -121,7 +119,13 @@ class GroupedAttention:
         if isinstance(spec.position, Rope):
             cos, sin = rotary_table(spec.position, spec.head_dim, start + length, x.device, x.dtype)
             q, k = rotate(q, cos[start:], sin[start:]), rotate(k, cos[start:], sin[start:])
-        core = partial(attend, scale=spec.scale, window=spec.sliding_window, softcap=spec.attn_logit_softcapping)
+        core = partial(
+            attend,
+            scale=spec.scale,
+            window=spec.sliding_window,
+            softcap=spec.attn_logit_softcapping,
+            head_to_group=spec.head_to_group,
+        )
         if past is None:
             y = core(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (stacks, batch))
         else:

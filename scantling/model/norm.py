@@ -20,11 +20,26 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if isinstance(spec, LayerNorm) and spec.bias else None
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        if self.spec.statistic_size not in (None, x.shape[-1]):
+            y = normalised(x, self.spec) * self.weight
+            return y if self.bias is None else y + self.bias
         if isinstance(self.spec, LayerNorm):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.spec.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.spec.eps)
+
+
+def normalised(x: Float[Tensor, "*batch width"], spec: RMSNorm | LayerNorm) -> Float[Tensor, "*batch width"]:
+    """x divided by its statistic, without gain and shift."""
+    width = (x.shape[-1],)
+    if spec.statistic_size in (None, *width):
+        return F.layer_norm(x, width, eps=spec.eps) if isinstance(spec, LayerNorm) else F.rms_norm(x, width, eps=spec.eps)
+    first = x[..., : spec.statistic_size]
+    if isinstance(spec, LayerNorm):
+        variance, mean = torch.var_mean(first, -1, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + spec.eps)
+    return x * torch.rsqrt(first.square().mean(-1, keepdim=True) + spec.eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -13,8 +13,8 @@ from scantling.parts import LinearScaling, Llama3Scaling, NTKScaling, Rope, Yarn
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[Tensor, " half"], float]:
     """Radians per position of each rotated pair (float64), and what cos and sin are multiplied by."""
-    rotated = rope.rotated(head_dim)
-    exponents = torch.arange(0, rotated, 2, dtype=torch.float64) / rotated
+    size = rope.frequency_size or rope.rotated(head_dim)
+    exponents = torch.arange(0, rope.rotated(head_dim), 2, dtype=torch.float64) / size
     plain = rope.rope_theta**-exponents
     match rope.scaling:
         case None:
@@ -22,11 +22,11 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[Tensor, " half"], floa
         case LinearScaling(factor=factor):
             return plain / factor, 1.0
         case NTKScaling(factor=factor):
-            return (rope.rope_theta * factor ** (rotated / (rotated - 2))) ** -exponents, 1.0
+            return (rope.rope_theta * factor ** (size / (size - 2))) ** -exponents, 1.0
         case Llama3Scaling():
             return _llama3(plain, rope.scaling), 1.0
         case YarnScaling():
-            return _yarn(plain, rope, rope.scaling, rotated)
+            return _yarn(plain, rope, rope.scaling, size)
 
 
 def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -38,16 +38,16 @@ def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
     return (1 - share) * plain / scaling.factor + share * plain
 
 
-def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling, rotated: int) -> tuple[Tensor, float]:
+def _yarn(plain: Tensor, rope: Rope, scaling: YarnScaling, size: int) -> tuple[Tensor, float]:
     """Pairs that turn more than beta_fast times over the original context stay, fewer than beta_slow are interpolated."""
 
     def pair_of(turns: float) -> float:
         length = scaling.original_max_position_embeddings
-        return rotated * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low = max(math.floor(pair_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_of(scaling.beta_slow)), rotated - 1)
-    pairs = torch.arange(rotated // 2, dtype=torch.float64)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), size - 1)
+    pairs = torch.arange(len(plain), dtype=torch.float64)
     interpolated = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     factor = scaling.attention_factor
     stretch = factor if factor is not None else 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
