@@ -29,7 +29,7 @@ from scantling.spec import ModelSpec
 
 SPEC, STATE = "spec.json", "state.json"
 MODEL, OPTIMIZER, AVERAGE, GUIDES = "model", "optimizer", "average", "guides"  # groups of tensors, a file each
-_STEP = re.compile(r"^step_(\d{8,})$")
+_STEP, _SHARD = re.compile(r"^step_(\d{8,})$"), re.compile(r"-\d{5}-of-\d{5}$")
 Tensors = Mapping[str, Tensor]
 
 
@@ -200,8 +200,10 @@ def load(folder: Path) -> Checkpoint:
         spec = spec_from(json.loads((folder / SPEC).read_text(encoding="utf-8")), str(folder / SPEC))
         tensors: dict[str, dict[str, Tensor]] = {}
         for name in sums:
-            if name.endswith(".safetensors"):  # `optimizer.scalars.safetensors` belongs to `optimizer`
-                tensors.setdefault(name.partition(".")[0], {}).update(load_file(folder / name))
+            if name.endswith(
+                ".safetensors"
+            ):  # `optimizer.scalars.safetensors` belongs to `optimizer`, a shard to `model`
+                tensors.setdefault(_SHARD.sub("", name.partition(".")[0]), {}).update(load_file(folder / name))
         if MODEL not in tensors:
             raise InputError(f"{folder}: has no {MODEL}.safetensors; the checkpoint is incomplete")
     except FileNotFoundError as error:

@@ -149,8 +149,3 @@ def bfloat16_is_fast(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is Arm's
-
-
-def use_float32(setting: str) -> None:
-    """Put torch's float32 product setting into effect: `highest`, `high` or `medium`, see `fastest_float32`."""
-    torch.set_float32_matmul_precision(setting)

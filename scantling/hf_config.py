@@ -1,6 +1,6 @@
 """A stock Hugging Face `config.json` as a spec document: the architecture it describes, in our own keys.
 
-A `config.json` leaves out what its class has as default, so each supported class's defaults are below. What only matters in
+A `config.json` leaves out what its class has as default (`hf_classes.py`). What only matters in
 training (dropout, router jitter) or in running (caches, dtypes, token ids) is ignored; a setting that changes the function
 and has no equal here is refused. Our own keys beside the class's (as `--set ffn.kind=low_rank` adds them) are kept; a
 key that neither knows is an error in `--set`.
@@ -10,122 +10,9 @@ import math
 from typing import Any
 
 from scantling.errors import InputError
+from scantling.hf_classes import ACTIVATIONS, BIASED, DEFAULTS, GPT2_NAMES, HEADS, MODEL_TYPES
 from scantling.yamlio import Document, KeyPath, show
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
-_QWEN: dict[str, Any] = {
-    **_COMMON,
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON,
-    "mistral": {
-        **_COMMON,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-    "gemma2": {
-        **_COMMON,
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gpt2": {
-        "vocab_size": 50257,
-        "hidden_size": 768,
-        "intermediate_size": None,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "hidden_act": "gelu_new",
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-5,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-    },
-    "gpt_neox": {
-        **_COMMON,
-        "vocab_size": 50432,
-        "hidden_size": 6144,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 44,
-        "num_attention_heads": 64,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "rotary_pct": 0.25,
-        "use_parallel_residual": True,
-        "attention_bias": True,
-    },
-    "mixtral": {
-        **_COMMON,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_experts_per_tok": 2,
-        "num_local_experts": 8,
-        "router_aux_loss_coef": 0.001,
-    },
-    "olmo2": {**_COMMON, "vocab_size": 50304, "rms_norm_eps": 1e-5},
-}
-MODEL_TYPES = tuple(DEFAULTS)
-GPT2_NAMES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "n_inner": "intermediate_size",
-    "activation_function": "hidden_act",
-    "layer_norm_epsilon": "layer_norm_eps",
-}
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
-    "gelu_new": "gelu_pytorch_tanh",
-    "gelu_fast": "gelu_pytorch_tanh",
-    "gelu_accurate": "gelu_pytorch_tanh",
-    "gelu_python_tanh": "gelu_pytorch_tanh",
-}
-HEADS = ("ForCausalLM", "LMHeadModel")
 OWN_KEYS = (
     "attention_input_size",
     "attention_multiplier",
@@ -159,7 +46,6 @@ OPTIONAL = (
     "partial_rotary_factor",
     "rope_parameters",
     "rope_scaling",
-    "rotary_emb_base",
     "scale_attn_by_inverse_layer_idx",
     "use_bidirectional_attention",
 )  # read where given, beside the class's defaults
@@ -283,7 +169,7 @@ class _Translation:
                 f"expected one mapping for all layers, such as {{rope_type: linear, factor: 2}}, got {show(given)}",
             )
             return
-        theta = next((name for name in ("rope_theta", "rotary_emb_base") if name in self.source.value), "rope_theta")
+        theta = "rotary_emb_base" if self.kind == "gpt_neox" else "rope_theta"
         position: dict[str, Any] = {"kind": "rope", "rope_theta": given.get("rope_theta", self.config[theta])}
         share = given.get("partial_rotary_factor", self.config.get("rotary_pct", 1.0))
         if self.kind == "gpt_neox":
@@ -335,7 +221,7 @@ class _Translation:
         self.copy("rms_norm_eps")
         self.rope()
         self.activation("hidden_activation" if self.kind == "gemma2" else "hidden_act")
-        if self.kind in ("llama", "qwen3", "gemma2", "olmo2"):
+        if self.kind in BIASED:
             self.copy("attention_bias")
         qk_norm = {"eps": self.config.get("rms_norm_eps")}
         match self.kind:
@@ -354,26 +240,35 @@ class _Translation:
             case "qwen3":
                 self.out["qk_norm"] = {"over": "head", **qk_norm}
                 self.qwen_windows()
+            case "gemma":
+                self.gemma()
             case "gemma2":
+                self.gemma()
                 self.gemma2()
             case "olmo2":
                 self.out["qk_norm"] = {"over": "all", **qk_norm}
                 self.out["norm_placement"] = "post_branch"
 
-    def gemma2(self) -> None:
-        self.copy("attn_logit_softcapping", "final_logit_softcapping")
-        self.out["norm_placement"] = "sandwich"
+    def gemma(self) -> None:
+        """Embeddings times sqrt(width); gelu means its tanh approximation."""
         width = self.config["hidden_size"]
         width = width[0] if isinstance(width, list) and width else width  # the embedding's
         if _positive(width):
             self.put("embedding_multiplier", math.sqrt(width), "hidden_size")
+        if self.kind == "gemma" and self.config["hidden_act"] == "gelu":  # as the class itself reads the first releases
+            self.put("hidden_act", "gelu_pytorch_tanh", "hidden_act")
+        if self.config.get("use_bidirectional_attention"):
+            self.refuse(("use_bidirectional_attention",), "expected false: attention here is causal, got true")
+
+    def gemma2(self) -> None:
+        """Soft caps, a norm before and after each sub-layer, every other layer sliding."""
+        self.copy("attn_logit_softcapping", "final_logit_softcapping")
+        self.out["norm_placement"] = "sandwich"
         scalar = self.config["query_pre_attn_scalar"]
         if not _positive(scalar):
             self.refuse(("query_pre_attn_scalar",), f"expected a number above 0, got {show(scalar)}")
         elif scalar != self.config["head_dim"]:
             self.put("attention_multiplier", float(scalar) ** -0.5, "query_pre_attn_scalar")
-        if self.config.get("use_bidirectional_attention"):
-            self.refuse(("use_bidirectional_attention",), "expected false: attention here is causal, got true")
         self.windows(["sliding_attention", "full_attention"] * self.depth())
 
     def qwen_windows(self) -> None:

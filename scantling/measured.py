@@ -1,48 +1,52 @@
-"""What was measured on this machine, remembered, so that two runs of one recipe make the same choices.
-
-A file of the cache folder holds a value per question; the question names processor, threads and torch, so that a cache
-that moved with its user asks anew.
-"""
+"""What was measured on this machine, remembered in a JSON file, so that two runs of one recipe make the same choices."""
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
-
-from scantling.data.preparing import cache_root
 from scantling.data.workers import locked
-from scantling.device import processor
 from scantling.errors import RunError
 from scantling.files import write_json
 
-FILE = "measured.json"
+Value = TypeVar("Value")
 
 
-def remembered(question: str, measure: Callable[[], Any]) -> Any:
-    """The answer from the cache folder, or measured now and kept there; a cache that cannot be used is no obstacle.
+def remembered(path: Path, key: str, measure: Callable[[], Value], usable: Callable[[Any], bool]) -> Value:
+    """The value kept in a file under a key, or measured now, once whoever asks at the same time, and kept there.
+
+    A file that is missing, damaged or not writable costs a measurement and nothing else.
 
     Args:
-        question: what is asked, with all that the answer depends on beside the machine.
+        path: the file, a mapping of keys to values.
+        key: what is asked, with all that the answer depends on: processor, threads, versions.
         measure: gives a JSON value.
+        usable: whether a value found in the file is one that `measure` could have given.
     """
-    key = f"{question}; {processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}"
-    path = cache_root() / FILE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
-            known = _known(path.read_bytes()) if path.exists() else {}
-            if key not in known:
-                known[key] = measure()
-                write_json(path, known)
-            return known[key]
-    except (OSError, RunError):
-        return measure()
+    with _alone(path):
+        known = _known(path)
+        if key in known and usable(known[key]):
+            return known[key]  # type: ignore[no-any-return]
+        value = measure()
+        with suppress(RunError):
+            write_json(path, {**known, key: value})
+        return value
 
 
-def _known(content: bytes) -> dict[str, Any]:
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, where there can be one."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        yield
+
+
+def _known(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(content)
-    except ValueError:
+        known = json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from scantling.model import Decoder
 from scantling.parts import MuPInit
 from scantling.recipe import (
     WSD,
@@ -260,11 +259,3 @@ def learning_rate_factor(config: TrainConfig, step: int, steps: int | None = Non
     progress = (step - start) / (steps - 1 - start)
     left = 1 - progress if isinstance(schedule, LinearDecay) else 0.5 * (1 + math.cos(math.pi * progress))
     return schedule.final + (1 - schedule.final) * left
-
-
-def adamw(model: Decoder, config: AdamW) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay acts on matrices and embeddings, not on gains and biases."""
-    train = TrainConfig(tokens=1, batch_tokens=256, optimizer=config)
-    (optimizer,) = make_optimizers(model, train)
-    assert isinstance(optimizer, torch.optim.AdamW)
-    return optimizer

@@ -135,7 +135,8 @@ def profile_steps(
         step: one whole optimizer step, data included.
         flops_per_step: that it performs.
         ceiling: FLOP/s, see `device.matmul_ceiling`.
-        vocab_size: with it, products with the output table count as cross-entropy.
+        vocab_size: with it, products with the output table count as cross-entropy; None where a width of the layers is as
+            large, so that shapes do not tell them apart.
         sequence_length: with it, batched products without a side of that length (block-diagonal feed-forwards) count as
             matrix products instead of attention.
     """
@@ -218,8 +219,15 @@ def group_of(
         return "attention"
     if short.startswith(("bmm", "baddbmm")):
         return "attention" if sequence_length is None or sequence_length in sides else "matrix_products"
-    if vocab_size is not None and vocab_size in sides and not short.startswith(("embedding", "index")):
+    if any(_of_the_vocabulary(shape, vocab_size) for shape in shapes) and not short.startswith(("embedding", "index")):
         return "cross_entropy"
     if short.startswith(PRODUCTS):
         return "matrix_products"
     return "elementwise"
+
+
+def _of_the_vocabulary(shape: Any, vocab_size: int | None) -> bool:
+    """Whether a tensor has logits in its rows, or is a table; a length or width in the middle may be as large."""
+    if vocab_size is None or not isinstance(shape, Sequence) or not shape:
+        return False
+    return bool(shape[-1] == vocab_size or (len(shape) == 2 and shape[0] == vocab_size))

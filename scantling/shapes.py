@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from scantling.parts import Fraction, Frozen, Positive, Real, Size
+from scantling.rows import Number, smaller
 
 Match = Literal["allocated", "flops", "kv_bytes", "published", "none"]
 
@@ -431,33 +433,47 @@ def _same_order(before: list[int], after: list[int]) -> bool:
 # --- structured feed-forward -------------------------------------------------------------------------------------------
 
 
-def structure_for(kind: str, width: int, inner: int, ratio: float, gated: bool, num_blocks: int = 0) -> dict[str, int]:
-    """Rank or block count for a share `ratio` of the weights of a dense FFN (arXiv 2406.16450; sheet 1.5).
+def structure_size(kind: str, width: Number, inner: Number, ratio: float, gated: bool, num_blocks: Number = 0) -> Number:
+    """The real-valued rank or block count for a share `ratio` of the weights of a dense FFN; numbers or arrays.
 
     With both linears structured alike, R or B solves structured weights = ratio x dense weights: for an ungated FFN of
-    h and f, low_rank 2 R (h + f) = ratio 2 h f; block_dense R (h + f)(1 + 1/B) = ratio 2 h f, rounded down to a multiple
-    of B; block_shuffle 2 min(h, f)(h + f)/B = ratio 2 h f, where only divisors of both widths can be reached.
+    h and f, low_rank 2 R (h + f) = ratio 2 h f; block_dense R (h + f)(1 + 1/B) = ratio 2 h f; block_shuffle
+    2 min(h, f)(h + f)/B = ratio 2 h f (arXiv 2406.16450; sheet 1.5).
 
     Raises:
-        ValueError: the kind takes no ratio, block_dense lacks num_blocks, or no block count gives the share.
+        ValueError: the kind takes no ratio, or block_dense lacks num_blocks.
     """
     into = inner * (2 if gated else 1)
     dense = width * into + inner * width
     if kind == "low_rank":
-        return {"rank": max(1, int(ratio * dense / (width + into + inner + width)))}
+        return ratio * dense / (width + into + inner + width)
     if kind == "block_dense":
-        if not num_blocks:
+        if np.ndim(num_blocks) == 0 and not num_blocks:
             raise ValueError("block_dense needs num_blocks beside parameter_ratio")
-        rank = ratio * dense / (into + width / num_blocks + width + inner / num_blocks)
-        return {"rank": max(1, int(rank / num_blocks)) * num_blocks}
+        return ratio * dense / (into + width / num_blocks + width + inner / num_blocks)
     if kind == "block_shuffle":
-        whole = min(width, into) * (width + into) + min(inner, width) * (inner + width)  # with one block
-        counts = [count for count in range(1, min(width, inner) + 1) if width % count == 0 == inner % count]
-        best = min(counts, key=lambda count: abs(whole / count - ratio * dense))
-        reached = whole / best / dense
-        if abs(reached / ratio - 1) > 0.05:
-            raise ValueError(
-                f"block counts that divide {width} and {inner} give {reached:.3g} at best, not {ratio:.3g}"
-            )
-        return {"num_blocks": best}
+        whole = smaller(width, into) * (width + into) + smaller(inner, width) * (inner + width)  # with one block
+        return whole / (ratio * dense)
     raise ValueError(f"{kind} has no rank or blocks to choose; use low_rank, block_shuffle or block_dense")
+
+
+def structure_for(kind: str, width: int, inner: int, ratio: float, gated: bool, num_blocks: int = 0) -> dict[str, int]:
+    """The rank or block count that `structure_size` says, as can be built.
+
+    Ranks are rounded down, those of block_dense to a multiple of B; of block counts only divisors of both widths can be
+    reached.
+
+    Raises:
+        ValueError: as `structure_size`, or no block count gives the share.
+    """
+    exact = structure_size(kind, width, inner, ratio, gated, num_blocks)
+    if kind == "low_rank":
+        return {"rank": max(1, int(exact))}
+    if kind == "block_dense":
+        return {"rank": max(1, int(exact / num_blocks)) * num_blocks}
+    counts = [count for count in range(1, min(width, inner) + 1) if width % count == 0 == inner % count]
+    best = min(counts, key=lambda count: abs(exact / count - 1))
+    if abs(exact / best - 1) > 0.05:
+        reached = ratio * exact / best
+        raise ValueError(f"block counts that divide {width} and {inner} give {reached:.3g} at best, not {ratio:.3g}")
+    return {"num_blocks": best}

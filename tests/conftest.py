@@ -1,8 +1,10 @@
 """What all tests share: few hypothesis examples by default, many with HYPOTHESIS_PROFILE=nightly; one data cache a session."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -32,3 +34,26 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     if before is None:
         del os.environ["SCANTLING_CACHE"]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that keeps its logs, or a skip that says what is missing."""
+    places = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, place in places.items() if place is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: the page was not looked at in a browser")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no browser can be driven")
+    options = webdriver.ChromeOptions()
+    options.binary_location = places["chromium"]
+    for word in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(places["chromedriver"]))
+    try:
+        yield driver
+    finally:
+        driver.quit()

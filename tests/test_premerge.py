@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
+import scantling.measured
 from scantling.errors import RunError
 from scantling.model import Cache, Decoder, build, premerge
 from scantling.model.ffn import FeedForward, linear
@@ -167,7 +168,7 @@ def test_a_place_that_cannot_be_written_costs_a_measurement(tmp_path: Path, monk
         raise RunError(f"{path}: cannot be written")
 
     monkeypatch.setattr(premerge, "measured", lambda structured, merged: (2, {1: 0.5}))
-    monkeypatch.setattr(premerge, "write_json", refuse)
+    monkeypatch.setattr(scantling.measured, "write_json", refuse)
     structured = filled(linear(KINDS[0](intermediate_size=48), 16, 48))
     assert Thresholds(tmp_path / premerge.FILE).most_tokens(structured, merged_weight(structured)) == 2
 

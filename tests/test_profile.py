@@ -20,6 +20,8 @@ from scantling.resolve import spec_from
         ("aten::_log_softmax_backward_data", [[64, 97], [64, 97]], "cross_entropy"),
         ("aten::nll_loss_forward", [[64, 97]], "cross_entropy"),
         ("aten::copy_", [[64, 97], [64, 97]], "cross_entropy"),
+        ("aten::mm", [[97, 64], [64, 32]], "cross_entropy"),
+        ("aten::silu", [[4, 97, 80]], "elementwise"),  # 97 positions
         ("aten::embedding_dense_backward", [[64, 32], [4, 16]], "elementwise"),
         ("aten::bmm", [[8, 32, 8], [8, 8, 16]], "attention"),
         ("aten::bmm", [[4, 64, 8], [4, 8, 20]], "matrix_products"),

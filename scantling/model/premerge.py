@@ -6,12 +6,10 @@ one form overtakes the other depends on the device and the shape. It is timed on
 """
 
 import copy
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scantling.data.preparing import cache_root
-from scantling.errors import RunError
-from scantling.files import write_json
+from scantling.measured import remembered
 from scantling.model.decoder import Decoder
 from scantling.model.ffn import BlockDenseLinear, BlockShuffleLinear, LowRankLinear
 
@@ -108,27 +105,21 @@ def _twin(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
 # --- which form is faster ----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Thresholds:
-    """Measured thresholds, remembered in a JSON file: key -> {"most_tokens", "merged_over_structured"}.
-
-    A file that is missing, damaged or not writable costs a measurement and nothing else.
-    """
+    """Measured thresholds, remembered in a JSON file: key -> {"most_tokens", "merged_over_structured"}."""
 
     path: Path
     processor: str | None = None
 
     def most_tokens(self, linear: Structured, merged: Tensor) -> int:
         """Most tokens per call for which the merged form is worth having here; 0 for never."""
-        key = self.key(linear)
-        entry = self._read().get(key)
-        most = entry.get("most_tokens") if isinstance(entry, dict) else None
-        if isinstance(most, int) and not isinstance(most, bool) and most >= 0:
-            return most
-        most, ratios = measured(linear, merged)
-        with suppress(RunError):
-            entry = {"most_tokens": most, "merged_over_structured": {str(n): round(r, 3) for n, r in ratios.items()}}
-            write_json(self.path, {**self._read(), key: entry})
+
+        def measure() -> dict[str, Any]:
+            most, ratios = measured(linear, merged)
+            return {"most_tokens": most, "merged_over_structured": {str(n): round(r, 3) for n, r in ratios.items()}}
+
+        most: int = remembered(self.path, self.key(linear), measure, _usable)["most_tokens"]
         return most
 
     def key(self, linear: Structured) -> str:
@@ -143,12 +134,10 @@ class Thresholds:
             dtype += f" ({torch.get_float32_matmul_precision()})"
         return f"{where}, {torch.get_num_threads()} threads, {dtype}, {shape(linear)}"
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return value if isinstance(value, dict) else {}
+
+def _usable(entry: Any) -> bool:
+    most = entry.get("most_tokens") if isinstance(entry, dict) else None
+    return isinstance(most, int) and not isinstance(most, bool) and most >= 0
 
 
 def shape(linear: Structured) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from scantling.costing import cost
-from scantling.planning.loss import HeadLaw, TokenLaw
+from scantling.errors import InputError
+from scantling.planning import notes
+from scantling.planning.loss import FittedLaw, HeadLaw
 from scantling.planning.optima import one
 from scantling.planning.outcome import Outcome, Problem, all_costs, blocked_by, outcome
 from scantling.planning.price import Priced, Quote
@@ -35,18 +37,48 @@ def _default(problem: Problem, found: Outcome) -> str:
     return problem.limit or "loss"
 
 
-def whole_candidate(problem: Problem, shapes: Shapes, index: int, screened: Screened) -> Candidate:
-    """One screened shape as a spec, priced again from the spec itself."""
+def whole_candidate(problem: Problem, shapes: Shapes, index: int, screened: Screened) -> tuple[Candidate, float]:
+    """One screened shape as a spec, priced again from the spec itself, and its score."""
     config = problem.config
     positions = max(config.context, config.training.sequence_length)
     spec = spec_from(shapes.mapping(index, config.space, positions))
-    quote, shape = problem.quote(spec, everything=True), shapes.take([index])
+    shape = shapes.take([index])
+    quote = problem.beside_parent(problem.quote(spec, everything=True), shape, int(shape.variant[0]))
     found = outcome(problem, shape, quote)
     blocked = blocked_by(problem, screened.found, float(np.asarray(found.objective).ravel()[0]))
     binding = (
         problem.limits[blocked[0]].name if blocked else _default(problem, outcome(problem, shape, problem.price(shape)))
     )
-    return _candidate(problem, shape, quote, binding, spec)
+    return _candidate(problem, shape, quote, binding, spec), float(found.score.ravel()[0])
+
+
+def whole_candidates(problem: Problem, shapes: Shapes, screened: Screened) -> tuple[Shapes, list[Candidate]]:
+    """The best screened shapes as specs, priced again, best first.
+
+    The rounding of a width profile's layers is in the spec and not in the screen, so such shapes may change places, miss the
+    goal, or be impossible to build; then they are left out.
+    """
+    found: list[tuple[float, int, Candidate]] = []
+    faults: list[str] = []
+    for index in range(len(shapes)):
+        rounded = problem.config.space.variants[int(shapes.variant[index])].profile is not None
+        try:
+            item, score = whole_candidate(problem, shapes, index, screened)
+        except InputError as error:
+            if not rounded:
+                raise
+            faults += error.faults
+            continue
+        if np.isfinite(score) or not rounded:
+            found.append((item.objective, index, item))
+    if not found:
+        raise (
+            InputError(*dict.fromkeys(faults))
+            if faults
+            else notes.impossible(problem, screened.found, screened.pool, screened.quote)
+        )
+    found.sort(key=lambda entry: entry[:2])
+    return shapes.take([index for _, index, _ in found]), [item for *_, item in found]
 
 
 def _candidate(problem: Problem, shape: Shapes, priced: Quote, binding: str, spec: ModelSpec | None) -> Candidate:
@@ -54,17 +86,14 @@ def _candidate(problem: Problem, shape: Shapes, priced: Quote, binding: str, spe
     law, found = problem.law, outcome(problem, shape, priced)
     n, d = one(priced.parameters), one(found.tokens)
     heads, kv_heads = (_whole(one(count)) for count in (shape.num_attention_heads, shape.num_key_value_heads))
-    if isinstance(law, HeadLaw):
-        low, high, no_interval = law.interval_at((int(heads), int(kv_heads)), n)
-    else:
-        low, high, no_interval = law.interval(n, d)
-    outside = law.outside((heads, kv_heads), n, d)
+    low, high, no_interval = law.interval(shape, priced, d)
+    outside = law.outside(shape, priced, d)
     n_star = None
     if isinstance(law, HeadLaw) and problem.limit is None:
         n_star = law.size_for_loss((int(heads), int(kv_heads)), problem.goal)
     costs = {name: one(value) for name, value in all_costs(problem, priced, found.tokens).items()}
     errors = None
-    if isinstance(law, TokenLaw) and law.fit.downstream:
+    if isinstance(law, FittedLaw) and law.fit.downstream:
         errors = {task: one(down.error(found.loss)) for task, down in law.fit.downstream.items()}
     sizes = {
         name: one(getattr(shape, name)) if spec is None else int(one(getattr(shape, name)))
@@ -99,6 +128,7 @@ def _candidate(problem: Problem, shape: Shapes, priced: Quote, binding: str, spe
         yaml=to_yaml(spec) if spec else None,
         hash=spec.hash if spec else None,
         costs=costs,
+        family=problem.config.space.variants[int(shape.variant.flat[0])].name,
         errors=errors,
     )
 
@@ -149,6 +179,7 @@ def _best_point(problem: Problem, shapes: Shapes, priced: Priced) -> FrontPoint 
         parameters=float(priced.parameters[best]),
         tokens=float(found.tokens[best]),
         **{name: float(getattr(shapes, name)[best]) for name in names},
+        family=problem.config.space.variants[int(shapes.variant[best])].name,
     )
 
 

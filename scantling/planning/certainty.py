@@ -11,7 +11,8 @@ from scantling.planning.costs import NEEDS_PRICE
 from scantling.planning.outcome import Problem, outcome
 from scantling.planning.price import Priced
 from scantling.planning.result import Candidate, Sensitivity
-from scantling.planning.shapes import Floats, Shapes
+from scantling.planning.shapes import Shapes
+from scantling.planning.variants import Floats
 
 DRAWS = 200  # of the law's, evenly thinned
 FACTORS = (0.5, 2.0)
@@ -127,4 +128,7 @@ def compared(change: Change, chosen: Shapes, mine: float, pool: Shapes, score: F
         getattr(shape, name)[0] == getattr(chosen, name)[0] for name in ("num_attention_heads", "num_key_value_heads")
     )
     regret = 100 * (mine / least - 1) if np.isfinite(mine) else None
-    return Sensitivity(change.key, change.factor, change.value, **sizes, same_heads=same, regret_percent=regret)
+    family = change.config.space.variants[int(shape.variant[0])].name
+    return Sensitivity(
+        change.key, change.factor, change.value, **sizes, same_heads=same, regret_percent=regret, family=family
+    )

@@ -25,7 +25,7 @@ from scantling.planning.sections import (
     Training,
     Weights,
 )
-from scantling.planning.shapes import Space
+from scantling.planning.space import Space
 from scantling.yamlio import Document, KeyPath, dotted, from_mapping, load
 
 Objective = CostName | Literal["loss"]
@@ -42,6 +42,7 @@ class PlanConfig(Frozen):
         constraints: upper limits on any of the costs, and what sizes must divide by.
         hardware: the device, for costs in seconds, device-hours and money.
         law: a published name, the path of a law JSON (relative to this file), or an inline mapping.
+        evidence: what is known of the families' losses: shipped evidence by name, or the JSON of `fit --compare --out`.
         parameters: which count is the law's N; default what the law says, else total.
         cost_convention: how FLOPs and memory are counted; default `full`, for z `paper-figure-2`.
         candidates: how many to return.
@@ -55,6 +56,7 @@ class PlanConfig(Frozen):
     constraints: Constraints = Constraints()
     hardware: Hardware | None = None
     law: LawKeys
+    evidence: str | None = None
     parameters: ParameterCount | None = None
     cost_convention: Convention | None = None
     serving: Serving = Serving()

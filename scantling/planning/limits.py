@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field
 
 from scantling.parts import Frozen, Positive, Size
 from scantling.planning.costs import CostName
-from scantling.planning.shapes import Array, Family, Shapes
+from scantling.planning.shapes import Family, Shapes
+from scantling.planning.variants import Array
 from scantling.recipe import Count as Amount
 from scantling.units import parse_count
 from scantling.yamlio import KeyPath, show

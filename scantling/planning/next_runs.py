@@ -1,34 +1,44 @@
 """Which runs next? The small study that most lowers the expected regret of the plan's choice, for the compute there is.
 
 The law's bootstrap draws stand for what is not known. Regret: how much worse the shape chosen on average is than the one
-that would be chosen if the true draw were known. A run is worth what it takes off that regret: for each draw the losses of
-the runs are simulated with noise, each shape's objective is regressed on them, and the choice is made again from what the
-regression predicts with that draw left out (value of sample information by regression; Strong et al. 2015, Medical Decision
-Making 35). A study is a grid: one run, or two by two, then grown by one size or column at a time, by regret
-removed per FLOP and by regret removed; the grid with the lower regret at the end is the answer.
+that would be chosen if the true draw were known. A run is worth what it takes off that regret (value of sample information).
+Over the draws, the choices' objectives and the log losses that the runs would show are taken as jointly normal, so that what
+runs of a known noise teach is a formula, and no noise is simulated: with f the principal coordinates of the objectives
+(unit variance), the runs explain
+
+    V = cov(f, l) (cov(l) + noise^2)^-1 cov(l, f)
+
+of them, and the objectives expected after the runs are distributed as mean + V^1/2 z B. The same fixed z serve every set of
+runs (common random numbers), so that sets are compared and not the luck of their draws. A study is a grid: one run, or two by
+two, then grown by one size or column at a time, by regret removed per FLOP and by regret removed; the grid with the lower
+regret at the end is the answer.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 
 from scantling.planning.certainty import scores_by_draw
+from scantling.planning.loss import Law
 from scantling.planning.optima import family_scores
 from scantling.planning.outcome import Problem, outcome
 from scantling.planning.result import Candidate, NextRun, NextRuns
 from scantling.planning.screen import ranked
-from scantling.planning.shapes import Family, Floats, Shapes, joined
-from scantling.planning.studies import ladder, study_yaml
+from scantling.planning.shapes import Family, Shapes, joined
+from scantling.planning.studies import buildable_as, head_family, ladder, study_yaml, variant_families
+from scantling.planning.variants import Floats
 
-DRAWS, FAMILY_DRAWS = 150, 150
+DRAWS, FAMILY_DRAWS = 500, 150
 ACTIONS = 80  # shapes the choice is between
 PARTS = tuple(np.geomspace(1 / 16, 1, 9).tolist())
-RATIOS = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+RATIOS = (10.0, 20.0, 40.0, 80.0, 160.0)
 LEAST_GAIN = 0.01  # of the regret at the start, below which no more runs are added
 NOISE = 0.01  # of the log loss, where neither plan nor fit says
+COORDINATES, POINTS = 6, 4096  # of the objectives kept, and of z
 
 Cell = tuple[int, int]
 
@@ -38,43 +48,84 @@ class Question:
     """The choice and the runs that could inform it.
 
     Attributes:
-        scores: (draws, actions) the objective of each choice under each draw.
-        seen: (rows, columns, draws) the log loss that each run would show under each draw, with noise.
+        scores: (draws, actions) the objective of each choice under each draw, up to a constant of the draw.
+        logs: (rows, columns, draws) the log loss of each run under each draw, without noise.
         flops: (rows, columns) of each run.
+        noise: standard deviation of a run's log loss.
+        seed: of the points z.
     """
 
     scores: Floats
-    seen: Floats
+    logs: Floats
     flops: Floats
+    noise: float
+    seed: int = 0
+    known: dict[tuple[Cell, ...], float] = field(default_factory=dict)
+
+    @cached_property
+    def _coordinates(self) -> tuple[Floats, Floats]:
+        """(draws, r) principal coordinates of the objectives, unit variance, and (r, actions) their loadings."""
+        centred = self.scores - self.scores.mean(axis=0)
+        left, sizes, right = np.linalg.svd(centred, full_matrices=False)
+        most = int(np.sum(sizes > 1e-9 * (sizes[0] if sizes.size else 1.0)))
+        kept, root = min(COORDINATES, most), max(1.0, len(self.scores) - 1) ** 0.5
+        return left[:, :kept] * root, sizes[:kept, None] * right[:kept] / root
+
+    @cached_property
+    def _points(self) -> Floats:
+        """(points, r) standard normal, in pairs of opposite sign, with unit covariance exactly."""
+        rank = self._coordinates[0].shape[1]
+        half = np.random.default_rng(self.seed).standard_normal((POINTS // 2, rank))
+        points = np.concatenate([half, -half])
+        if not rank:
+            return points
+        found: Floats = points @ np.linalg.inv(np.linalg.cholesky(points.T @ points / len(points))).T
+        return found
 
     def regret(self, cells: Sequence[Cell]) -> float:
         """Expected regret of the choice after these runs, in the objective's unit."""
-        draws = len(self.scores)
-        columns = [np.ones(draws)]
-        for row, column in cells:
-            centred = self.seen[row, column] - self.seen[row, column].mean()
-            columns.append(centred / (centred.std() or 1.0))
-        x = np.stack(columns, axis=1)
-        hat = x @ np.linalg.solve(x.T @ x + 1e-9 * draws * np.eye(x.shape[1]), x.T)
-        own = np.minimum(np.diag(hat), 0.99)[:, None]
-        choice = ((hat @ self.scores - own * self.scores) / (1 - own)).argmin(axis=1)
-        return float(np.mean(self.scores[np.arange(draws), choice] - self.scores.min(axis=1)))
+        key = tuple(sorted(cells))
+        if key not in self.known:
+            self.known[key] = self._least(np.eye(self._coordinates[0].shape[1])) * -1 + self._least(
+                self._explained(key)
+            )
+        return max(0.0, self.known[key])
+
+    def _explained(self, cells: Sequence[Cell]) -> Floats:
+        """(r, r) V: the share of the coordinates' variance that the runs explain."""
+        f = self._coordinates[0]
+        if not cells:
+            return np.zeros((f.shape[1], f.shape[1]))
+        logs = np.stack([self.logs[cell] for cell in cells], axis=1)
+        logs = (logs - logs.mean(axis=0)) / self.noise
+        count = max(1, len(logs) - 1)
+        across = f.T @ logs / count
+        found: Floats = across @ np.linalg.solve(logs.T @ logs / count + np.eye(len(cells)), across.T)
+        return found
+
+    def _least(self, explained: Floats) -> float:
+        """Mean over z of the least objective expected."""
+        loadings = self._coordinates[1]
+        values, vectors = np.linalg.eigh((explained + explained.T) / 2)
+        root = (vectors * np.sqrt(values.clip(0, 1))) @ vectors.T
+        means = self.scores.mean(axis=0) + self._points @ root @ loadings
+        return float(means.min(axis=1).mean())
 
 
 def grow(question: Question, budget: float, per_flop: bool) -> list[Cell]:
     """The grid of runs within a budget of FLOPs, one size or column added at a time."""
-    rows_, columns = question.flops.shape
+    rows, columns = question.flops.shape
     start = question.regret([])
     cells: list[Cell] = []
     now = start
     while True:
-        rows, cols = {row for row, _ in cells}, {column for _, column in cells}
+        mine, ours = {row for row, _ in cells}, {column for _, column in cells}
         if cells:
-            moves = [[(row, c) for c in cols] for row in range(rows_) if row not in rows]
-            moves += [[(r, column) for r in rows] for column in range(columns) if column not in cols]
+            moves = [[(row, c) for c in ours] for row in range(rows) if row not in mine]
+            moves += [[(r, column) for r in mine] for column in range(columns) if column not in ours]
         else:
-            moves = [[(row, column)] for row in range(rows_) for column in range(columns)]
-            pairs = product(combinations(range(rows_), 2), combinations(range(columns), 2))
+            moves = [[(row, column)] for row in range(rows) for column in range(columns)]
+            pairs = product(combinations(range(rows), 2), combinations(range(columns), 2))
             moves += [list(product(two, others)) for two, others in pairs]
         spent = sum(question.flops[cell] for cell in cells)
         best: tuple[float, list[Cell], float] | None = None
@@ -93,7 +144,7 @@ def grow(question: Question, budget: float, per_flop: bool) -> list[Cell]:
 
 
 def next_runs(
-    problem: Problem, kinds: Sequence[Family], candidates: Sequence[Candidate], pool: Shapes, quote: Any
+    problem: Problem, kinds: Sequence[Family], candidates: Sequence[Candidate], pool: Shapes, quote: Any, seed: int = 0
 ) -> NextRuns | None:
     """The study to run next, or None where the plan does not ask (`next:`).
 
@@ -119,90 +170,127 @@ def next_runs(
         scores = scores[:, near]
     usable = np.flatnonzero(np.isfinite(scores).any(axis=1))
     scores, laws = scores[usable], [laws[i] for i in usable]
-    scores = np.where(np.isfinite(scores), scores, 2 * np.max(scores[np.isfinite(scores)]))
-    runs, ratios, families = _runs(problem, candidates[0], kinds)
-    rows, columns = len(runs[0]), len(runs)
-    tokens, flops, logs, sizes = _simulated(problem, runs, ratios, laws)
-    noise = asked.noise or getattr(problem.law.fit, "residual_sd", None) or NOISE
-    rng = np.random.default_rng(0)
-    seen = logs + noise * rng.standard_normal(logs.shape)
-    question = Question(scores, seen, flops)
-    if flops.min() > asked.training_flops:
+    least = scores.min(axis=1, keepdims=True)
+    scores = np.minimum(scores - least, least)  # an impossible or hopeless choice counts as twice the best
+    columns = _columns(problem, candidates[0], kinds)
+    runs = _simulated(problem, columns, laws)
+    if runs.flops.min() > asked.training_flops:
         raise problem.config.fault(
             ("next", "training_flops"),
-            f"the smallest run takes {flops.min():.4g} FLOPs, got {asked.training_flops:.4g}; raise it to at least that",
+            f"the smallest run takes {runs.flops.min():.4g} FLOPs, got {asked.training_flops:.4g}; raise it to at least that",
         )
+    noise = asked.noise or getattr(problem.law.fit, "residual_sd", None) or NOISE
+    question = Question(scores, runs.logs, runs.flops, float(noise), seed)
     grids = [grow(question, asked.training_flops, per_flop) for per_flop in (True, False)]
-    cells = min(grids, key=lambda cells: (question.regret(cells), sum(flops[cell] for cell in cells)))
+    cells = min(grids, key=lambda cells: (question.regret(cells), sum(runs.flops[cell] for cell in cells)))
+    return _answer(problem, columns, runs, question, cells)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The runs to choose from: the same sizes in every column.
+
+    Attributes:
+        shapes, ratios: of each column: the models and their tokens per parameter.
+        families: of each column a study's family, where columns are families; else columns are ratios.
+    """
+
+    shapes: list[Shapes]
+    ratios: list[float]
+    families: list[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """(rows, columns) tokens, FLOPs and N of the runs, (rows, columns, draws) their log losses."""
+
+    tokens: Floats
+    flops: Floats
+    sizes: Floats
+    logs: Floats
+
+
+def _columns(problem: Problem, best: Candidate, kinds: Sequence[Family]) -> Columns:
+    sizes = ladder(problem, best, PARTS)
+    if problem.law.fit is not None and "N" in problem.law.fit.ranges:  # smaller runs tell nothing the law was fitted to
+        n = np.asarray(problem.price(sizes).parameters, dtype=np.float64)
+        known = n >= problem.law.fit.ranges["N"][0]
+        sizes = sizes.take(known) if known.any() else sizes.take(np.s_[-1:])
+    given, variants = problem.config.next, problem.config.space.variants
+    ratios = list(given.tokens_per_parameter if given and given.tokens_per_parameter else RATIOS)
+    one = float(problem.ratio or problem.law.tokens_per_parameter or 20)
+    if problem.law.heads is not None:
+        pairs = list(dict.fromkeys((int(kind.heads or 1), int(kind.kv_heads or 1)) for kind in kinds))
+        shapes = [_changed(sizes, num_attention_heads=h, num_key_value_heads=k) for h, k in pairs]
+        return Columns(shapes, [one] * len(pairs), [head_family(pair) for pair in pairs])
+    if len(variants) > 1 and problem.config.space.families:
+        named = {variant.name: i for i, variant in reversed(list(enumerate(variants)))}
+        inner = {name: variants[i].ffn.inner(sizes.hidden_size) for name, i in named.items()}
+        fits = buildable_as(problem, sizes, named)
+        names = sorted(named, key=lambda name: named[name])
+        shapes = [_changed(sizes, intermediate_size=inner[name], variant=named[name]).take(fits) for name in names]
+        if fits.any():
+            keys = variant_families(problem, names)
+            return Columns(shapes, [one] * len(names), [(name, keys[name]) for name in names])
+    return Columns([sizes] * len(ratios), ratios, [])
+
+
+def _changed(shapes: Shapes, **values: Any) -> Shapes:
+    """The shapes with other values, the same for all of them or one for each."""
+    like = shapes.hidden_size
+    return replace(
+        shapes, **{name: np.broadcast_to(value, like.shape).astype(np.int64) for name, value in values.items()}
+    )
+
+
+def _simulated(problem: Problem, columns: Columns, laws: Sequence[Law]) -> Simulated:
+    """The tokens of all families of a size are the ratio x the N of the evidence's baseline, as in a study."""
+    every = joined(columns.shapes)
+    quote = problem.price(every)
+    n = np.broadcast_to(np.asarray(quote.parameters, dtype=np.float64), every.hidden_size.shape)
+    form = (len(columns.shapes), len(columns.shapes[0]))
+    nominal = np.broadcast_to(n * quote.size_ratio, n.shape)
+    d = nominal * np.repeat(columns.ratios, form[1])
+    flops = np.asarray(quote.training_flops_per_token, dtype=np.float64) * d
+    logs = np.array([np.log(law.curve(every, quote).loss(d)) for law in laws])
+    folded = logs.reshape(len(laws), *form).transpose(2, 1, 0)
+    return Simulated(d.reshape(form).T, flops.reshape(form).T, n.reshape(form).T, folded)
+
+
+def _answer(problem: Problem, columns: Columns, runs: Simulated, question: Question, cells: Sequence[Cell]) -> NextRuns:
+    """The chosen runs, with their study."""
     now, after = question.regret([]), question.regret(cells)
-    spent = float(sum(flops[cell] for cell in cells))
+    spent = float(sum(runs.flops[cell] for cell in cells))
     found = tuple(
         NextRun(
-            hidden_size=int(runs[c].hidden_size[r]),
-            num_hidden_layers=int(runs[c].num_hidden_layers[r]),
-            num_attention_heads=int(runs[c].num_attention_heads[r]),
-            num_key_value_heads=int(runs[c].num_key_value_heads[r]),
-            parameters=float(sizes[r, c]),
-            tokens=float(tokens[r, c]),
-            tokens_per_parameter=float(ratios[c]),
-            training_flops=float(flops[r, c]),
+            hidden_size=int(columns.shapes[c].hidden_size[r]),
+            num_hidden_layers=int(columns.shapes[c].num_hidden_layers[r]),
+            num_attention_heads=int(columns.shapes[c].num_attention_heads[r]),
+            num_key_value_heads=int(columns.shapes[c].num_key_value_heads[r]),
+            parameters=float(runs.sizes[r, c]),
+            tokens=float(runs.tokens[r, c]),
+            tokens_per_parameter=float(columns.ratios[c]),
+            training_flops=float(runs.flops[r, c]),
+            family=columns.families[c][0] if columns.families else "",
         )
         for r, c in cells
     )
     study = None
     if cells:
-        chosen = runs[0].take(sorted({r for r, _ in cells}))
+        chosen = columns.shapes[0].take(sorted({r for r, _ in cells}))
         used = sorted({c for _, c in cells})
         why = f"The runs that lower the expected regret of the plan's choice from {now:.4g} to {after:.4g}."
-        study = study_yaml(
-            problem, "plan-next", why, chosen, {families[c][0]: families[c][1] for c in used} if families else {},
-            sorted({ratios[c] for c in used}),
-        )  # fmt: skip
+        families = {columns.families[c][0]: columns.families[c][1] for c in used} if columns.families else {}
+        ratios = sorted({columns.ratios[c] for c in used})
+        study = study_yaml(problem, "plan-next", why, chosen, families, ratios)
     return NextRuns(
         runs=found,
         training_flops=spent,
         expected_regret=now,
         expected_regret_after=after,
         regret_removed_per_flop=(now - after) / spent if spent else 0.0,
-        noise=float(noise),
-        draws=len(laws),
-        grid=(rows, columns),
+        noise=question.noise,
+        draws=len(question.scores),
+        grid=runs.flops.shape,
         study=study,
     )
-
-
-def _runs(
-    problem: Problem, best: Candidate, kinds: Sequence[Family]
-) -> tuple[list[Shapes], list[float], list[tuple[str, tuple[int, int]]]]:
-    """The sizes of each column: tokens per parameter, or head configurations where the law knows those."""
-    sizes = ladder(problem, best, PARTS)
-    if problem.law.fit is not None and "N" in problem.law.fit.ranges:  # smaller runs tell nothing the law was fitted to
-        n = np.asarray(problem.price(sizes).parameters, dtype=np.float64)
-        known = n >= problem.law.fit.ranges["N"][0]
-        sizes = sizes.take(known) if known.any() else sizes.take(np.s_[-1:])
-    given = problem.config.next
-    if problem.law.heads is None:
-        ratios = list(given.tokens_per_parameter if given and given.tokens_per_parameter else RATIOS)
-        return [sizes] * len(ratios), ratios, []
-    pairs = list(dict.fromkeys((int(kind.heads or 1), int(kind.kv_heads or 1)) for kind in kinds))
-    changed: Callable[[tuple[int, int]], Shapes] = lambda pair: Shapes(  # noqa: E731
-        sizes.hidden_size, sizes.num_hidden_layers, np.full_like(sizes.hidden_size, pair[0]),
-        np.full_like(sizes.hidden_size, pair[1]), sizes.head_dim, sizes.intermediate_size, sizes.family,
-    )  # fmt: skip
-    ratio = float(problem.law.tokens_per_parameter or 20)
-    return [changed(pair) for pair in pairs], [ratio] * len(pairs), [(f"h{h}-kv{k}", (h, k)) for h, k in pairs]
-
-
-def _simulated(
-    problem: Problem, runs: Sequence[Shapes], ratios: Sequence[float], laws: Sequence[Any]
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """(rows, columns) tokens and FLOPs, (rows, columns, draws) log losses, (rows, columns) N."""
-    every = joined(list(runs))
-    quote = problem.price(every)
-    n = np.broadcast_to(np.asarray(quote.parameters, dtype=np.float64), every.hidden_size.shape)
-    d = n * np.repeat(ratios, len(runs[0]))
-    flops = np.asarray(quote.training_flops_per_token, dtype=np.float64) * d
-    logs = np.array([np.log(law.loss(every, n, d)) for law in laws])
-    form = (len(runs), len(runs[0]))
-    folded = logs.reshape(len(laws), *form).transpose(2, 1, 0)
-    return d.reshape(form).T, flops.reshape(form).T, folded, n.reshape(form).T

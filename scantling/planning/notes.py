@@ -8,16 +8,25 @@ import numpy as np
 from scantling.errors import InputError
 from scantling.planning.costs import CONVENTION, UNITS
 from scantling.planning.limits import heads_sentence
-from scantling.planning.loss import HeadLaw
+from scantling.planning.loss import PLAIN_LAWS, FittedLaw, HeadLaw
 from scantling.planning.outcome import Outcome, Problem, blocked_by
+from scantling.planning.posing import SHAPE_COLUMNS
 from scantling.planning.price import CONVENTIONS, Priced
 from scantling.planning.result import Candidate, Sensitivity
 from scantling.planning.screen import POOL, Screened
 from scantling.planning.sections import HeadLawKeys
-from scantling.planning.shapes import MAX_SHAPES, Shapes
+from scantling.planning.shapes import Shapes
+from scantling.planning.space import MAX_SHAPES, Space
 from scantling.yamlio import dotted
 
 NEAR_TIE = 0.5  # percent
+AXES = (  # columns of a law that are evidence about an axis
+    (SHAPE_COLUMNS, "hidden_size / num_hidden_layers"),
+    (("head_dim",), "head_dim"),
+    (("ffn_ratio", "intermediate_size"), "intermediate_size / hidden_size"),
+    (("heads", "num_attention_heads"), "num_attention_heads"),
+    (("kv_heads", "num_key_value_heads"), "num_key_value_heads"),
+)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
@@ -127,8 +136,8 @@ def _reachable(problem: Problem, shapes: Shapes | None, priced: Priced) -> str:
     usable = tokens > 0
     if not usable.any():
         return ""
-    n = np.broadcast_to(np.asarray(priced.parameters, dtype=np.float64), tokens.shape)[usable]
-    best = float(np.min(problem.law.loss(shapes.take(usable), n, tokens[usable])))
+    losses = problem.law.curve(shapes, priced).loss(np.where(usable, tokens, np.nan))
+    best = float(np.nanmin(losses))
     return f", or target.loss to {_up(best)}"
 
 
@@ -168,7 +177,9 @@ def _about_law(problem: Problem) -> list[str]:
     law = problem.law
     if not isinstance(law, HeadLaw):
         unknown = [] if law.fit.ranges else ["The law states no fitted range, so extrapolation cannot be judged."]
-        return ["The law knows N and D only.", *unknown, *(f"{law.name}: {said}." for said in law.fit.warnings)]
+        known = "N and D only" if law.fit.law in PLAIN_LAWS else _and(law.columns)
+        about = [f"The law knows {known}.", *unknown, *(f"{law.name}: {said}." for said in law.fit.warnings)]
+        return [*about, *_about_families(problem, law)]
     found = [
         f"The law knows N and the head configuration, at {law.tokens_per_parameter:g} tokens per parameter; context "
         "enters the cost only (arXiv 2503.09579, section 5.7)."
@@ -185,21 +196,58 @@ def _about_law(problem: Problem) -> list[str]:
     return found
 
 
+def _about_families(problem: Problem, law: FittedLaw) -> list[str]:
+    """What is known of the families, from where, and what is assumed with it."""
+    evidence = problem.evidence
+    if evidence is None:
+        return []
+    names = [variant.name for variant in law.variants]
+    said = [f"{name} needs {gain.said}" for name, gain in zip(names, law.gains, strict=True) if gain.said]
+    remarks = "".join(f"; {remark}" for remark in evidence.remarks)
+    found = (
+        [f"Evidence {evidence.name} ({evidence.source}{remarks}), against {evidence.baseline}: {'; '.join(said)}."]
+        if said
+        else []
+    )
+    found.append(
+        f"Assumed: a saving measured there holds for {law.name}, at other tokens per parameter, and with this plan's heads, "
+        "context and feed-forward; `study` puts it to the test."
+    )
+    if law.fit.draws is None and any(gain.spread for gain in law.gains):
+        found.append("Intervals and probabilities count the uncertainty of the evidence about families alone.")
+    if any(variant.profile for variant in law.variants):
+        found.append(
+            "Shapes with a width profile are screened with unrounded widths; the candidates are built and exact."
+        )
+    return found
+
+
+def _and(names: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def _held(problem: Problem) -> list[str]:
     """How each size was held that the law has no evidence about."""
     space, (low, high) = problem.config.space, problem.config.space.aspects
-    listed = space.hidden_size is not None and space.num_hidden_layers is not None
+    known = set(problem.law.columns) if isinstance(problem.law, FittedLaw) else set()
+    listed = len(space.hidden_size or ()) * len(space.num_hidden_layers or ()) > 1
     axes: dict[str, tuple[object, ...]] = {
-        "hidden_size / num_hidden_layers": (low, high) if listed or low != high else (f"{low:g}",),
+        "hidden_size / num_hidden_layers": (low, high) if listed or low != high else (_held_aspect(space),),
         "head_dim": space.head_dim,
-        "intermediate_size / hidden_size": (f"{space.ffn.expansion:.4g}",),
+        "intermediate_size / hidden_size": tuple(f"{ratio:.4g}" for ratio in space.ffn.expansion),
     }
-    if not isinstance(problem.law, HeadLaw):
+    if problem.law.heads is None:
         axes["num_attention_heads"] = space.num_attention_heads or ("hidden_size / head_dim",)
         axes["num_key_value_heads"] = space.num_key_value_heads or ("as many as query heads",)
+    for columns, name in AXES:
+        if known & set(columns):
+            axes.pop(name, None)
+    if not space.families:
+        axes["architecture"] = ("one dense feed-forward, one width for all layers, no experts",)
     held = [f"{name}: {values[0]}" for name, values in axes.items() if len(values) == 1]
     many = [name for name, values in axes.items() if len(values) > 1]
-    found = [f"Held fixed, because the law has no evidence about them: {'; '.join(held)}."]
+    found = [f"Held fixed, because the law has no evidence about them: {'; '.join(held)}."] if held else []
     if many:
         found.append(
             f"Several values of {' and of '.join(many)} are ranked by cost alone: the law has no evidence about their "
@@ -208,15 +256,22 @@ def _held(problem: Problem) -> list[str]:
     return found
 
 
+def _held_aspect(space: Space) -> str:
+    if space.hidden_size is not None and space.num_hidden_layers is not None:
+        return f"{space.hidden_size[0]} / {space.num_hidden_layers[0]}"
+    return f"{space.aspects[0]:g}"
+
+
 def _overshoot(problem: Problem, best: Candidate, real: Candidate) -> list[str]:
-    """Where whole sizes, not the law, decided the winning heads."""
-    first, winner = (f"{item.num_attention_heads},{item.num_key_value_heads}" for item in (real, best))
-    if not isinstance(problem.law, HeadLaw) or first == winner:
+    """Where whole sizes, not the law, decided the winning heads or family."""
+    heads = isinstance(problem.law, HeadLaw)
+    first, winner = (
+        f"{item.num_attention_heads},{item.num_key_value_heads}" if heads else item.family for item in (real, best)
+    )
+    if first == winner or problem.config.space.real_valued:
         return []
-    return [
-        "Whole sizes overshoot the target by different amounts, which decides this ranking: with real-valued sizes "
-        f"{first} comes before {winner}."
-    ]
+    how = "overshoot the target by different amounts" if heads else "come in steps"
+    return [f"Whole sizes {how}, which decides this ranking: with real-valued sizes {first} comes before {winner}."]
 
 
 def _edges(problem: Problem, best: Candidate) -> list[str]:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from scantling.planning.certainty import changes, compared
-from scantling.planning.loss import HeadLaw, Law
+from scantling.planning.loss import FittedLaw, Law
 from scantling.planning.outcome import Outcome, Problem, outcome
 from scantling.planning.price import Priced, Quote
 from scantling.planning.result import Candidate, LawOptimum, Sensitivity
-from scantling.planning.shapes import Family, Floats, Shapes, real_shapes
+from scantling.planning.shapes import Family, Shapes, real_shapes
+from scantling.planning.variants import Floats
 from scantling.rows import Number
 
 DEPTHS = (0.02, 4096.0)  # num_hidden_layers searched for real-valued optima
 SIZES = (1e3, 1e17)  # N searched for the optimum of the law alone
 ROUNDS, POINTS = 7, 513
+ASPECTS, ASPECT_ROUNDS = 13, 4  # aspect ratios tried for each family, narrowed so often, where the law knows them
 FAMILY_DRAWS = 60
 
 
@@ -43,13 +45,31 @@ def minimise(score: Callable[[Floats], Floats], low: float, high: float, lines: 
 def real_optima(problem: Problem, kinds: Sequence[Family]) -> tuple[Shapes, Quote]:
     """The best real-valued shape of each family (any where none is possible), and what it costs."""
     space = problem.config.space
+    low, high = space.aspects
 
-    def score(depth: Floats) -> Floats:
-        shapes = real_shapes(space, kinds, depth)
-        return outcome(problem, shapes, problem.price(shapes)).score
+    def best(lines: Sequence[Family], aspect: Floats | None) -> Shapes:
+        def score(depth: Floats) -> Floats:
+            shapes = real_shapes(space, lines, depth, aspect)
+            return outcome(problem, shapes, problem.price(shapes)).score
 
-    best = real_shapes(space, kinds, minimise(score, *DEPTHS, len(kinds))[:, None]).take(np.s_[:, 0])
-    return best, problem.price(best)
+        depth = minimise(score, *DEPTHS, len(lines))[:, None]
+        return real_shapes(space, lines, depth, aspect).take(np.s_[:, 0])
+
+    if low == high or not problem.knows_aspect:
+        found = best(kinds, None)
+        return found, problem.price(found)
+    lines = [kind for kind in kinds for _ in range(ASPECTS)]
+    around = np.tile(np.log([[low, high]]), (len(kinds), 1))
+    for _ in range(ASPECT_ROUNDS):
+        aspect = np.exp(np.linspace(around[:, 0], around[:, 1], ASPECTS, axis=1))
+        found = best(lines, aspect.reshape(-1, 1))
+        score = outcome(problem, found, problem.price(found)).score.reshape(len(kinds), ASPECTS)
+        place = score.argmin(axis=1)
+        row = np.arange(len(kinds))
+        ends = [aspect[row, (place + side).clip(0, ASPECTS - 1)] for side in (-1, 1)]
+        around = np.log(np.stack(ends, axis=1))
+    found = found.take(row * ASPECTS + place)
+    return dataclasses.replace(found, family=row), problem.price(dataclasses.replace(found, family=row))
 
 
 def real_sensitivity(problem: Problem, kinds: Sequence[Family], chosen: Shapes) -> tuple[Sensitivity, ...]:
@@ -106,7 +126,8 @@ def law_optimum(problem: Problem) -> LawOptimum | None:
     law = problem.law
     flops = {"training_flops", "lifetime_flops", "loss"}
     if (
-        isinstance(law, HeadLaw)
+        not isinstance(law, FittedLaw)
+        or not law.plain
         or problem.ratio is not None
         or not {problem.config.objective, problem.limit or "loss"} <= flops
     ):

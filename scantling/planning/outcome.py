@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,13 @@ from scantling.planning.costs import (
     parts,
     serve,
 )
+from scantling.planning.evidence import Evidence
 from scantling.planning.limits import Limit
-from scantling.planning.loss import Law, TokenLaw, read_law
+from scantling.planning.loss import FittedLaw, Law, read_law
+from scantling.planning.posing import SHAPE_COLUMNS, resolved
 from scantling.planning.price import Priced, Quote, price
-from scantling.planning.shapes import Array, Floats, Shapes
+from scantling.planning.shapes import Shapes
+from scantling.planning.variants import Array, Floats, Variant
 from scantling.rows import rows
 from scantling.yamlio import KeyPath
 
@@ -37,6 +40,8 @@ class Problem:
         limit: what is spent; None with a target loss.
         limits: every upper limit, the budget's first.
         ratio: fixed tokens per parameter, or None when the tokens are free.
+        evidence: about families, where the plan names it.
+        parents: of each variant, the same sizes in the evidence's baseline architecture.
     """
 
     config: PlanConfig
@@ -45,6 +50,8 @@ class Problem:
     limit: CostName | None
     limits: tuple[Limit, ...]
     ratio: float | None
+    evidence: Evidence | None = None
+    parents: tuple[Variant, ...] = ()
 
     def at(self, goal: float) -> "Problem":
         """The same plan with another target or budget."""
@@ -61,13 +68,57 @@ class Problem:
         return ("target", "error" if self.config.target and self.config.target.error else "loss")
 
     @property
+    def knows_aspect(self) -> bool:
+        """Whether the law tells shapes of one size apart by width and depth."""
+        return isinstance(self.law, FittedLaw) and bool({*SHAPE_COLUMNS} & set(self.law.columns))
+
+    @property
     def asked(self) -> set[CostName]:
         """The costs that decide: minimised or limited."""
         return {*self.config.weights, *(limit.name for limit in self.limits)}
 
     def price(self, shapes: Shapes, everything: bool = False) -> Quote:
         """What shapes cost in the plan's convention; `everything`, or only what decides."""
-        return self.quote(shapes.stack(self.config.space), everything)
+        used = np.unique(shapes.variant)
+        if used.size < 2:
+            return self._one_variant(shapes, int(used[0]) if used.size else 0, everything)
+        masks = [shapes.variant == number for number in used]
+        quotes = [
+            self._one_variant(shapes.take(mask), int(number), everything)
+            for mask, number in zip(masks, used, strict=True)
+        ]
+        merged: Quote = _merged(quotes, masks, shapes.variant.shape)
+        return merged
+
+    def _one_variant(self, shapes: Shapes, number: int, everything: bool) -> Quote:
+        """The price of shapes of one architecture."""
+        quote = self.quote(shapes.stack(self.config.space, self.config.space.variants[number]), everything)
+        return self.beside_parent(quote, shapes, number)
+
+    def beside_parent(self, quote: Quote, shapes: Shapes, number: int) -> Quote:
+        """The price with its ratios to the same shapes in the baseline architecture of the evidence, where there is one."""
+        if not isinstance(self.law, FittedLaw) or not self.law.gains:
+            return quote
+        variant, parent = self.config.space.variants[number], self.parents[number]
+        if variant.keys == parent.keys:
+            return quote
+        width = shapes.hidden_size
+        heads, kv_heads = shapes.num_attention_heads, shapes.num_key_value_heads
+        if variant.heads or variant.kv_heads:
+            heads = np.full_like(width, parent.heads) if parent.heads else width // shapes.head_dim
+            kv_heads = np.full_like(width, parent.kv_heads) if parent.kv_heads else heads
+        plain = dataclasses.replace(
+            shapes,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=parent.ffn.inner(width),
+        )
+        base = self.quote(plain.stack(self.config.space, parent))
+        return dataclasses.replace(
+            quote,
+            size_ratio=base.parameters / quote.parameters,
+            work_ratio=quote.training_flops_per_token / base.training_flops_per_token,
+        )
 
     def quote(self, model: Any, everything: bool = False) -> Quote:
         """As `price`, for a spec or a `Stack` of arrays."""
@@ -107,7 +158,7 @@ def pose(config: PlanConfig) -> Problem:
     Raises:
         InputError: the law is unknown, or it and the plan contradict each other.
     """
-    law = read_law(config)
+    config, law, evidence, parents = resolved(config, read_law(config))
     ratio = config.training.tokens_per_parameter or law.tokens_per_parameter
     limit: CostName | None = None
     goal = 0.0
@@ -131,14 +182,14 @@ def pose(config: PlanConfig) -> Problem:
             f"{what} has no optimum while tokens are free: training longer costs nothing; give a number such as 20"
             + (", or budget.training_flops" if limit else ", or constraints.training_flops"),
         )
-    return Problem(config, law, goal, limit, config.limits, ratio)
+    return Problem(config, law, goal, limit, config.limits, ratio, evidence, parents)
 
 
 def _loss_for_error(config: PlanConfig, law: Law) -> float:
     """The loss at which the law's own law from loss to error gives the target error."""
     target = config.target
     assert target is not None and target.error is not None
-    known = law.fit.downstream if isinstance(law, TokenLaw) else {}
+    known = law.fit.downstream if isinstance(law, FittedLaw) else {}
     if not known:
         raise config.fault(
             ("target", "error"),
@@ -193,11 +244,11 @@ class Outcome:
 
 
 def outcome(problem: Problem, shapes: Shapes | None, priced: Priced, law: Law | None = None) -> Outcome:
-    """What shapes at these prices do for the goal; without shapes, for a law that knows none (`TokenLaw`).
+    """What shapes at these prices do for the goal; without shapes, for a law that knows none.
 
     Args:
         problem: the plan.
-        shapes: for a law that knows heads.
+        shapes: for a law that knows any of their sizes.
         priced: from `Problem.price`.
         law: another one than the plan's: one of its draws.
     """
@@ -208,23 +259,23 @@ def outcome(problem: Problem, shapes: Shapes | None, priced: Priced, law: Law | 
     serving_flops = _floats(priced.serving_flops_per_token) * (problem.config.serving.tokens or 0.0)
     costs = {name: problem.parts(name, priced) for name in problem.asked}
     limits = [(limit, *costs[limit.name]) for limit in problem.limits]
+    curve = law.curve(shapes, priced)
     sequence, binding = float(problem.config.training.sequence_length), None
     with np.errstate(all="ignore"):
         if problem.ratio is not None:
             tokens = least = problem.ratio * n
         elif problem.limit is None:
-            assert isinstance(law, TokenLaw)  # the other kind has a ratio of its own
-            tokens = least = law.tokens(n, problem.goal)
+            tokens = least = curve.tokens(problem.goal)
         else:
             caps = [np.where(b > 0, (limit.most - a) / b, np.inf) for limit, a, b in limits]
             stacked = np.stack(np.broadcast_arrays(*caps, n))[:-1]
             tokens, binding, least = stacked.min(axis=0), stacked.argmin(axis=0), np.full_like(n, sequence)
-        loss = law.loss(shapes, n, np.where(tokens > 0, tokens, np.nan))
+        loss = curve.loss(np.where(tokens > 0, tokens, np.nan))
         spent = {i: _floats(a + b * least) for i, (_, a, b) in enumerate(limits)}
         keeps = [_within(spent[i], limit.most) for i, (limit, _, _) in enumerate(limits)]
         if problem.limit is None:
             possible, others = (loss <= problem.goal, keeps) if problem.ratio else (np.isfinite(tokens), keeps)
-            needs = loss if problem.ratio else law.loss(shapes, n, np.inf)
+            needs = loss if problem.ratio else curve.loss(np.inf)
         elif np.any(limits[0][2] > 0):
             possible, others, needs = keeps[0], keeps[1:], spent[0]
         else:
@@ -264,6 +315,20 @@ def all_costs(problem: Problem, priced: Quote, tokens: Floats) -> dict[str, Floa
             continue
         a, b = problem.parts(name, priced)
         found[str(name)] = a + b * tokens
+    return found
+
+
+def _merged(parts: Sequence[Any], masks: Sequence[Array], form: tuple[int, ...]) -> Any:
+    """Prices of parts of an array of shapes, put together; dataclasses field by field."""
+    first = parts[0]
+    if first is None:
+        return None
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [item.name for item in dataclasses.fields(first)]
+        return type(first)(**{name: _merged([getattr(part, name) for part in parts], masks, form) for name in names})
+    found = np.zeros(form, dtype=np.result_type(*parts))
+    for part, mask in zip(parts, masks, strict=True):
+        found[mask] = part
     return found
 
 

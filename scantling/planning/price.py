@@ -48,9 +48,17 @@ class Priced:
 
 @dataclass(frozen=True)
 class Quote(Priced):
-    """Prices together with what serving moves and how long it takes (`costs.Served`), where that was asked for."""
+    """Prices together with what only some plans ask for.
+
+    Attributes:
+        served: what serving moves and how long it takes (`costs.Served`).
+        size_ratio, work_ratio: against the same sizes in the evidence's baseline architecture: that one's N over this one's,
+            and this one's training FLOPs per token over that one's; 1 without evidence about families.
+    """
 
     served: Any = None
+    size_ratio: Number = 1
+    work_ratio: Number = 1
 
 
 def price(

@@ -18,6 +18,7 @@ class Candidate:
         loss_low, loss_high: 95% interval of the law, or None for the reason in `no_interval`.
         flops: of all tokens of one context.
         costs: every cost of `costs.CostName` that the plan says enough for.
+        family: of architecture, by the plan's name; empty in a plan without families.
         errors: task error by task, from the law's own law from loss to error.
         margin_percent: how much worse the next candidate's objective is.
         binding: the constraint that keeps the objective from improving.
@@ -59,6 +60,7 @@ class Candidate:
     yaml: str | None
     hash: str | None
     costs: dict[str, float]
+    family: str = ""
     errors: dict[str, float] | None = None
     margin_percent: float | None = None
     probability_best: float | None = None
@@ -110,6 +112,7 @@ class Sensitivity:
     num_hidden_layers: float
     same_heads: bool
     regret_percent: float | None
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class NextRun:
     tokens: float
     tokens_per_parameter: float
     training_flops: float
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ class FrontPoint:
     num_hidden_layers: float
     num_attention_heads: float
     num_key_value_heads: float
+    family: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from scantling.planning.limits import buildable
 from scantling.planning.outcome import Outcome, Problem, outcome
 from scantling.planning.price import Quote
-from scantling.planning.shapes import Array, Family, Floats, Shapes, joined, shape_chunks, shape_count
+from scantling.planning.shapes import Family, Shapes, joined, shape_chunks, shape_count
+from scantling.planning.variants import Array, Floats
 
 POOL = 1000  # of the best shapes kept
 SAMPLE = 300_000  # shapes of the even sample; all of them in a smaller space

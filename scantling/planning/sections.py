@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from scantling.hardware import MBU, MFU
 from scantling.parts import Frozen, Positive, Size
 from scantling.planning.costs import CostName
-from scantling.planning.shapes import two_positive
+from scantling.planning.space import two_positive
 from scantling.recipe import Count as Amount
 from scantling.units import DTYPE_BYTES, dtype_bytes
 from scantling.yamlio import show

@@ -16,7 +16,7 @@ import numpy as np
 
 from scantling.planning import notes
 from scantling.planning.answer import front as fronts
-from scantling.planning.answer import memory_front, real_candidate, whole_candidate, with_margins
+from scantling.planning.answer import memory_front, real_candidate, whole_candidates, with_margins
 from scantling.planning.certainty import sensitivity, with_probabilities
 from scantling.planning.config import PlanConfig
 from scantling.planning.limits import family_allowed
@@ -25,8 +25,10 @@ from scantling.planning.optima import family_probabilities, law_optimum, real_op
 from scantling.planning.outcome import Problem, outcome, pose
 from scantling.planning.result import Plan
 from scantling.planning.screen import Screened, ranked, screen
-from scantling.planning.shapes import MAX_SHAPES, WIDTH_STEP, Array, Family, families, shape_count
+from scantling.planning.shapes import WIDTH_STEP, Family, families, shape_count
+from scantling.planning.space import MAX_SHAPES
 from scantling.planning.studies import testing_study
+from scantling.planning.variants import Array
 
 NEAR = 1000  # shapes that the regret is measured against
 
@@ -41,6 +43,7 @@ def plan(config: PlanConfig) -> Plan:
             the budget or the constraints; the message says what would.
     """
     problem = pose(config)
+    config = problem.config
     allowed = partial(family_allowed, config.constraints, config.serving.devices)
     kinds = [kind for kind in families(config.space, problem.law.heads) if allowed(kind)]
     if not kinds:
@@ -53,7 +56,7 @@ def plan(config: PlanConfig) -> Plan:
     if not config.space.real_valued:
         screened = _screened(problem, kinds, _widths_around(problem, kinds, optima.hidden_size[order]))
         shapes, pool, quote = screened.best, screened.pool, screened.quote
-        candidates = [whole_candidate(problem, shapes, i, screened) for i in range(len(shapes))]
+        shapes, candidates = whole_candidates(problem, shapes, screened)
         front = fronts(problem, lambda at: (pool, quote))
         turned = sensitivity(problem, shapes.take([0]), pool)
     elif real:

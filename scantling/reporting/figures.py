@@ -229,17 +229,24 @@ def savings(found: Sequence[Saving], looks: Mapping[str, Style]) -> go.Figure:
 
 
 def front(
-    line: Sequence[tuple[float, float, str]], candidates: Sequence[tuple[float, float, str]], axis: str
+    line: Sequence[tuple[float, float, str]],
+    candidates: Sequence[tuple[float, float, str]],
+    x: str,
+    y: str = "predicted loss (nats/token)",
+    height: int = 400,
+    log: bool = False,
 ) -> go.Figure:
-    """Predicted loss against cost: the front as a line, the ranked candidates as markers, the first one starred.
+    """A Pareto front as a line, the ranked candidates as markers, the first one starred.
 
     Args:
-        line: (cost, loss, label) of each point of the Pareto front.
+        line: (x, y, label) of each point of the front.
         candidates: the same of each candidate, best first.
-        axis: what the cost is.
+        x, y: what is on the axes; x is logarithmic.
+        height: in pixels.
+        log: whether y is logarithmic too.
     """
-    figure = figure_of(400)
-    hover = f"%{{text}}<br>loss %{{y:.4f}}<br>{escape(axis)} %{{x:.4g}}<extra></extra>"
+    figure = figure_of(height)
+    hover = f"%{{text}}<br>{escape(y)} %{{y:.5g}}<br>{escape(x)} %{{x:.4g}}<extra></extra>"
     ordered = sorted(line)
     groups = (
         (ordered, "lines+markers", {"color": GREY, "symbol": "circle", "size": 6}),
@@ -251,11 +258,18 @@ def front(
             x=[point[0] for point in points], y=[point[1] for point in points], text=[escape(point[2]) for point in points],
             mode=mode, marker=marker, line={"color": GREY, "width": 1.5}, hovertemplate=hover,
         )  # fmt: skip
-    costs = [point[0] for point in (*line, *candidates)]
-    ends = (min(costs) / 1.2, max(costs) * 1.2)
-    figure.update_xaxes(type="log", range=[math.log10(end) for end in ends], title=escape(axis), **log_ticks(*ends))
-    figure.update_yaxes(title="predicted loss (nats/token)")
+    every = (*line, *candidates)
+    figure.update_xaxes(title=escape(x), **_log_axis([point[0] for point in every]))
+    figure.update_yaxes(title=escape(y), **(_log_axis([point[1] for point in every]) if log else {}))
     return figure
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis a fifth wider than its values, and no narrower than half an octave."""
+    low, high = min(values), max(values)
+    pad = max(1.2 if high > 1.5 * low else 1.05, (math.sqrt(2) * low / high) ** 0.5)
+    ends = (low / pad, high * pad)
+    return {"type": "log", "range": [math.log10(end) for end in ends], **log_ticks(*ends)}
 
 
 def log_ticks(low: float, high: float) -> dict[str, Any]:
@@ -277,8 +291,23 @@ def log_ticks(low: float, high: float) -> dict[str, Any]:
         values = [step * 10.0**k for k in range(first, last + 1) for step in steps if low <= step * 10.0**k <= high]
         if len(values) <= 6:
             break
-    values = values[:: 1 + (len(values) - 1) // 6]
+    values = _apart(values, math.log10(high / low) / 8)
     return {"tickmode": "array", "tickvals": values, "ticktext": [_power(value) for value in values]}
+
+
+def _apart(values: Sequence[float], least: float) -> list[float]:
+    """At most six of the values, the roundest of those that lie closer than `least` decades."""
+
+    def roundness(value: float) -> int:
+        digits = f"{value:.1e}".split("e")[0]
+        return next((rank for rank, kinds in enumerate((("1.0",), ("2.0", "5.0"))) if digits in kinds), 2)
+
+    kept: list[float] = []
+    for value in sorted(values, key=roundness):
+        if all(abs(math.log10(value / other)) >= least for other in kept):
+            kept.append(value)
+    kept = sorted(kept if len(kept) > 1 else values)
+    return kept[:: 1 + (len(kept) - 1) // 6]
 
 
 def _power(value: float) -> str:
@@ -296,7 +325,8 @@ _AXIS: dict[str, Any] = {
     "showline": True,
     "ticks": "outside",
     "ticklen": 4,
-    "title": {"standoff": 8},
+    "title": {"standoff": 12},
+    "tickangle": 0,
 }
 
 

@@ -18,8 +18,9 @@ from scantling.files import write_text
 from scantling.reporting.ladder import Ladder, ladder_of, ladder_section
 from scantling.reporting.laws import laws_section, saving_section
 from scantling.reporting.markup import Html, Section, bullets, paragraph, significant
+from scantling.reporting.plans import plan_section, plan_sentence
 from scantling.reporting.provenance import provenance_section
-from scantling.reporting.shapes import plan_section, plan_sentence, planned_shapes, shapes_section
+from scantling.reporting.shapes import planned_shapes, shapes_section
 from scantling.reporting.sources import Sources, read_sources
 from scantling.units import format_bytes, format_count, format_flops
 
@@ -71,7 +72,9 @@ def assemble(shown: Sequence[Section], title: str, inputs: str) -> str:
         for s in shown
     )
     assets = files("scantling.reporting") / "assets"
-    shell, style, script = ((assets / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    shell, style, plots, script = (
+        (assets / name).read_text(encoding="utf-8") for name in ("report.html", "report.css", "plots.js", "report.js")
+    )
     return Template(shell).substitute(
         title=escape(title),
         inputs=escape(inputs),
@@ -79,7 +82,7 @@ def assemble(shown: Sequence[Section], title: str, inputs: str) -> str:
         contents=contents,
         body=body,
         style=style,
-        script=script,
+        script=plots + script,
         library=f"<script>{get_plotlyjs()}</script>" if 'class="plot"' in body else "",
     )
 

@@ -1,6 +1,5 @@
-"""Shapes: the models drawn and priced layer by layer, and the candidates of plans."""
+"""Shapes: the models drawn and priced layer by layer."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -10,19 +9,13 @@ from typing import Any
 from scantling.costing import CONVENTIONS, Cost, cost
 from scantling.reporting import figures
 from scantling.reporting.markup import (
-    NONE,
-    Html,
     Section,
     bullets,
     data_table,
     details,
     paragraph,
     percent,
-    plot,
-    significant,
-    span,
 )
-from scantling.reporting.sources import dig
 from scantling.resolve import spec_from
 from scantling.spec import ModelSpec
 from scantling.units import dtype_bytes, format_bytes, format_count, format_flops
@@ -43,7 +36,7 @@ def shapes_section(shapes: Sequence[tuple[str, ModelSpec, Cost, str]]) -> Sectio
         body.append(
             f"<figure>{figures.stack_svg(spec, name)}<figcaption>{escape(name)}, input at the top</figcaption></figure>"
         )
-        body.append(_layer_table(name, spec, price, dtype))
+        body.append(layer_table(name, spec, price, dtype))
     totals: dict[str, Any] = {
         "parameters": lambda c: f"{c.params['total']:,}",
         "\u2003active": lambda c: f"{c.params['active']:,}",
@@ -65,7 +58,7 @@ def shapes_section(shapes: Sequence[tuple[str, ModelSpec, Cost, str]]) -> Sectio
     return Section("shape", "The shape" if len(shapes) == 1 else "The shapes", "".join(body))
 
 
-def _layer_table(name: str, spec: ModelSpec, price: Cost, dtype: str) -> str:
+def layer_table(name: str, spec: ModelSpec, price: Cost, dtype: str) -> str:
     """One row per layer, equal consecutive layers together; the two ends; totals."""
     plain = price.layers()
     keys = ("params", "forward_flops", "kv_cache_bytes_per_token", "weight_bytes")
@@ -129,122 +122,3 @@ def planned_shapes(plan: Mapping[str, Any], path: Path) -> list[tuple[str, Model
     dtype = serving.get("dtype") or "bf16"
     name = f"{path.stem}: chosen shape"
     return [(name, spec, cost(spec, serving.get("context"), serving.get("batch") or 1, dtype_bytes(dtype)), dtype)]
-
-
-# --- plans -------------------------------------------------------------------------------------------------------------
-
-
-_COSTS = {
-    "training_flops": ("training FLOPs", lambda value: format_flops(value, 4)),
-    "lifetime_flops": ("training + serving FLOPs", lambda value: format_flops(value, 4)),
-    "flops": ("FLOPs per context", lambda value: format_flops(value, 4)),
-    "memory_bytes": ("memory", lambda value: format_bytes(value, 4)),
-    "z": ("Z", lambda value: f"{value:,.1f}"),
-}
-
-
-def _cost_name(key: Any) -> str:
-    return _COSTS[key][0] if key in _COSTS else str(key or "the objective")
-
-
-def _shape(candidate: Mapping[str, Any]) -> str:
-    """A candidate in a few words."""
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-    sizes = [candidate.get(key) for key in keys]
-    if None in sizes:
-        return "the first candidate"
-    depth, width, heads, kv = (f"{size:g}" for size in sizes)
-    return f"{depth} layers \u00d7 {width}, {heads}/{kv} heads"
-
-
-def _interval(candidate: Mapping[str, Any]) -> str:
-    ends = candidate.get("loss_low"), candidate.get("loss_high")
-    return "" if None in ends else span(*ends, "{:.4f}".format)
-
-
-def plan_sentence(plan: Mapping[str, Any]) -> str:
-    """What a plan found, with its interval."""
-    best = plan["candidates"][0]
-    text = f"Of {plan.get('screened') or len(plan['candidates']):,} shapes the best is {_shape(best)}"
-    if best.get("parameters") is not None:
-        text += f", {format_count(best['parameters'], 4)} parameters"
-    if best.get("tokens") is not None and math.isfinite(best["tokens"]):
-        text += f" on {format_count(best['tokens'], 4)} tokens"
-    if best.get("loss") is not None:
-        text += f": predicted loss {best['loss']:.4f} nats per token"
-        text += f" (95% interval of the law {ends})" if (ends := _interval(best)) else " (no interval)"
-    if best.get("margin_percent") is not None:
-        text += (
-            f"; the next shape is {significant(best['margin_percent'], 2)}% worse in {_cost_name(plan.get('minimize'))}"
-        )
-    if best.get("extrapolated"):
-        text += ". This extrapolates beyond what the law was fitted to"
-    return text + "."
-
-
-def plan_section(plans: Sequence[tuple[Path, dict[str, Any]]]) -> Section:
-    """Each plan: what was asked, the Pareto front, the candidates and what weakens them."""
-    body = []
-    for number, (path, plan) in enumerate(plans):
-        candidates = plan["candidates"]
-        if len(plans) > 1:
-            body.append(f"<h3>{escape(path.stem)}</h3>")
-        counted, law = plan.get("cost_convention", NONE), plan.get("law", NONE)
-        asked = f"Minimised: {_cost_name(plan.get('minimize'))}; costs counted as {counted}; law {law}."
-        body.append(paragraph(asked, f"Parameters N are {plan['parameters']}." if plan.get("parameters") else ""))
-        if saved := dig(plan, "law_optimum", "saving_percent"):
-            free = f"The law alone ({dig(plan, 'law_optimum', 'convention')}) puts the best size at"
-            size = (
-                f"{format_count(plan['law_optimum']['parameters'], 4)} parameters, which saves {significant(saved, 3)}%"
-            )
-            body.append(
-                paragraph(free, size, "of the FLOPs of training and serving against the model cheapest to train.")
-            )
-        axis = plan.get("front_cost") or next((key for key in _COSTS if candidates[0].get(key)), None)
-        marks = [
-            (c[axis], c["loss"], f"{k + 1}. {_shape(c)}")
-            for k, c in enumerate(candidates)
-            if axis and c.get(axis) and c.get("loss")
-        ]
-        line = [(p["cost"], p["loss"], _shape(p)) for p in plan.get("front") or () if p.get("cost") and p.get("loss")]
-        if len(marks) + len(line) > 1:
-            caption = (
-                f"Best loss against {_cost_name(axis)}: the front as a line, candidates as circles, the chosen starred"
-            )
-            body.append(plot(figures.front(line, marks, _cost_name(axis)), f"front-{number}", caption))
-        body.append(_candidate_table(candidates))
-        notes = " ".join(map(str, plan.get("notes") or ()))
-        weak = [*(candidates[0].get("extrapolation") or ()), *filter(None, [candidates[0].get("no_interval")])]
-        body.append(bullets((f"{text}." for text in weak if text not in notes), kind="warnings"))
-        body.append(bullets(plan.get("notes") or ()))
-    return Section("plan", "Cost-optimal shapes", "".join(body))
-
-
-def _candidate_table(candidates: Sequence[Mapping[str, Any]]) -> str:
-    costs = [key for key in _COSTS if any(c.get(key) for c in candidates)]
-    if not any(c.get("z") for c in candidates):
-        costs = [key for key in costs if key != "flops"]
-    if all(c.get("lifetime_flops") == c.get("training_flops") for c in candidates):
-        costs = [key for key in costs if key != "lifetime_flops"]
-
-    def shown(value: float | None, how: Any) -> str:
-        return NONE if value is None or not math.isfinite(value) else how(value)
-
-    body = []
-    for number, c in enumerate(candidates):
-        interval = f"<br><small>{ends}</small>" if (ends := _interval(c)) else ""
-        body.append(
-            [
-                Html(f"{number + 1}{' <b>chosen</b>' if number == 0 else ''}"),
-                _shape(c).replace(" layers", ""),
-                *(shown(c.get(key), format_count) for key in ("parameters", "tokens")),
-                Html(f"<b>{shown(c.get('loss'), '{:.4f}'.format)}</b>{interval}"),
-                *(shown(c.get(key), _COSTS[key][1]) for key in costs),
-                shown(c.get("margin_percent"), lambda margin: f"{significant(margin, 2)}%"),
-                str(c.get("binding") or NONE),
-                "yes" if c.get("extrapolated") else "no",
-            ]
-        )
-    header = ["rank", "layers \u00d7 width", "N", "tokens", "loss, 95% interval", *(_COSTS[key][0] for key in costs)]
-    header += ["margin to the next", "bound by", "extrapolates"]
-    return data_table("Candidates, best first", "llrrr" + "r" * len(costs) + "rll", header, body)

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from scantling.config import RunConfig
-from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, matmul_ceiling, processor, use_float32
+from scantling.data.preparing import cache_root
+from scantling.device import available_memory, bfloat16_is_fast, fastest_float32, matmul_ceiling, processor
 from scantling.errors import InputError
 from scantling.evaluate import autocast
 from scantling.files import write_json
@@ -30,9 +32,10 @@ from scantling.recipe import Precision
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.training.parallel import World
 
-FILE = "engine.json"
+FILE, MEASURED = "engine.json", "measured.json"
 LONG = 2048  # longest sequence for which keeping the attention probabilities on a CPU is tried
 COMPILE_AFTER = 1200.0  # seconds a run must take before compiling is tried
+FLOAT32_SETTINGS = ("highest", "high", "medium")
 KERNELS: tuple[Literal["block"], Literal["fused"]] = ("block", "fused")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -118,14 +121,11 @@ def _chosen(config: RunConfig, world: World) -> Engine:
         )
     else:
         precision = train.precision
-    float32 = (
-        remembered("float32 products", fastest_float32)
-        if device == "cpu"
-        else "highest"
-        if train.precision == "float32"
-        else "high"
-    )
-    use_float32(float32)  # before anything is timed
+    if device == "cpu":
+        float32 = _remembered("float32 products", fastest_float32, lambda value: value in FLOAT32_SETTINGS)
+    else:
+        float32 = "highest" if train.precision == "float32" else "high"
+    torch.set_float32_matmul_precision(float32)  # before anything is timed
     attention: Literal["block", "fused"] = "fused"
     if device == "cpu":
         attention, why = fastest_attention(config.spec, train.sequence_length, precision)
@@ -134,6 +134,12 @@ def _chosen(config: RunConfig, world: World) -> Engine:
     engine = Engine(device, hardware, precision, float32, attention, False, micro, train.deterministic)
     compiles, why = compiled_pays(config, engine, world)
     return dataclasses.replace(engine, compile=compiles, reasons=(*reasons, why))
+
+
+def _remembered(question: str, measure: Callable[[], Any], usable: Callable[[Any], bool]) -> Any:
+    """The answer measured on this machine before, or now; a cache that moved with its user asks anew."""
+    key = f"{question}; {processor()}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+    return remembered(cache_root() / MEASURED, key, measure, usable)
 
 
 def micro_batch(config: RunConfig, world: World, precision: Precision, attention: str) -> int:
@@ -170,7 +176,7 @@ def fastest_attention(
     for layer in plain:
         key = (
             layer.num_attention_heads,
-            layer.num_key_value_heads,
+            _read_heads(layer),
             layer.head_dim,
             layer.v_head_dim,
             layer.sliding_window,
@@ -187,17 +193,22 @@ def fastest_attention(
     layers = ", ".join(f"{len(same)} x {key}" for key, same in shapes.items())
     products = torch.get_float32_matmul_precision()  # the fused kernel is slower beside oneDNN's
     question = f"block over fused attention; {precision}, {products} products, {sequence_length} tokens, {layers}"
-    gain: float = remembered(question, ratio)
+    gain: float = _remembered(question, ratio, lambda value: isinstance(value, float) and value > 0)
     best = KERNELS[gain < 1]
     faster = max(gain, 1 / gain)
     return best, f"attention {best}: {faster:.2f}x as fast as the other kernel here at {sequence_length} tokens"
+
+
+def _read_heads(layer: LayerSpec) -> int:
+    """Key/value heads as the kernel gets them: a map of heads to groups gives each query head its own copy."""
+    return layer.num_key_value_heads if layer.head_to_group is None else layer.num_attention_heads
 
 
 def _attention_seconds(
     layer: LayerSpec, length: int, precision: Precision, kernel: Literal["block", "fused"], sequences: int = 2
 ) -> float:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    heads, groups = layer.num_attention_heads, layer.num_key_value_heads
+    heads, groups = layer.num_attention_heads, _read_heads(layer)
 
     def tensor(count: int, size: int) -> torch.Tensor:
         return torch.ones(sequences, length, count, size, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -257,7 +268,7 @@ def _pass_seconds(engine: Engine, model: Decoder, ids: torch.Tensor, times: int)
 
 def apply(engine: Engine, model: Decoder) -> None:
     """Put the choices into effect: process-wide settings, and the model's kernels."""
-    use_float32(engine.float32_matmul)
+    torch.set_float32_matmul_precision(engine.float32_matmul)
     if engine.device == "cpu":
         keep_freed_memory()
     elif engine.deterministic:

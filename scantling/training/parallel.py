@@ -224,7 +224,7 @@ class Processes(World):
         return make()
 
     def any_reason(self, reason: str | None) -> str | None:
-        """One number goes round between the hosts every step (0.2 ms or so); the reason itself only when there is one."""
+        """One number goes round between the hosts every step; the reason itself only when there is one."""
         some = torch.tensor(0 if reason is None else 1)
         dist.all_reduce(some, op=dist.ReduceOp.MAX)
         if not some.item():
@@ -340,6 +340,8 @@ def _indivisible(spec: ModelSpec, parts: int) -> list[str]:
             found.setdefault("ffn", f"{where} a {ffn.kind} feed-forward, expected a dense one")
         if layer.qk_norm is not None:
             found.setdefault("qk_norm", f"{where} qk_norm, whose gains all heads share; expected none")
+        if layer.head_to_group is not None:
+            found.setdefault("head_to_group", f"{where} a head_to_group map, expected equal groups")
         for name, number in counts.items():
             if number % parts:
                 found.setdefault(name, f"{where} {number} {name}, expected a multiple of {parts}")

@@ -73,23 +73,25 @@ def profile(config: RunConfig) -> Profile:
     with parallel.started(config) as world:
         dataset = opened_dataset(config)
         engine = engines.chosen(config, world)
-        stepper = Stepper(config, engine, world, dataset, build(config.spec, config.train.seed, world.building))
+        model = build(config.spec, config.train.seed, world.building)
+        sides = {side for parameter in model.layers.parameters() for side in parameter.shape}
+        stepper = Stepper(config, engine, world, dataset, model)
         done = iter(range(config.steps))
         flops = config.train_flops / config.steps / world.data_size
+
+        def one_step() -> None:
+            stepper.step(next(done, 0), 0, math.inf).read()
+
         try:
             return profile_steps(
-                lambda: void(stepper.step(next(done, 0), 0, math.inf).read()),
+                one_step,
                 flops,
                 matmul_ceiling(engine.precision, engine.device),
-                vocab_size=config.spec.vocab_size,
+                vocab_size=None if config.spec.vocab_size in sides else config.spec.vocab_size,
                 sequence_length=config.train.sequence_length,
             )
         finally:
             stepper.close()
-
-
-def void(_: object) -> None:
-    """Forget a value."""
 
 
 @contextmanager
@@ -156,9 +158,13 @@ class _Run:
 
     def _pauses(self) -> bool:
         """Whether this step ends with an evaluation, a checkpoint or the run."""
-        train, step = self.config.train, self.state.step
-        evaluates = train.evaluate_every is not None and step % train.evaluate_every == 0
-        return evaluates or step % train.checkpoint_every == 0 or step == self.config.steps
+        step, last = self.state.step, self.config.steps
+        return self._evaluates(step) or step % self.config.train.checkpoint_every == 0 or step == last
+
+    def _evaluates(self, step: int) -> bool:
+        """Whether the run is evaluated after so many steps; at its end `finish` does it."""
+        every = self.config.train.evaluate_every
+        return every is not None and step % every == 0 and step < self.config.steps
 
     def _settle(self, outcome: Outcome, progress: Progress, wanted: str | None) -> str:
         """Read a step's outcome, note it, and do what is due after it."""
@@ -191,7 +197,7 @@ class _Run:
             return decision
         if applied and step > config.steps - max(1, round(TAIL * config.steps)):
             state.tail.append(loss)
-        evaluates = train.evaluate_every is not None and step % train.evaluate_every == 0 and step < config.steps
+        evaluates = self._evaluates(step)
         best = False
         if evaluates:
             row["val/loss"] = self._validate()["validation_loss"]
@@ -254,9 +260,10 @@ class _Run:
         diverged = state.diverged or not all(math.isfinite(value) for value in final.values())
         costs = flops_per_token(self.table, train.sequence_length)
         flops = {name: float(costs[name]) * tokens for name in ("train", "train_causal", "chinchilla_6nd")}
-        extra = config.train_flops_after(state.step) - flops["train"]  # of guides
+        performed = config.train_flops_after(state.step)
+        guides = performed - flops["train"]
         speed = tokens / state.seconds if state.seconds else 0.0
-        performed = (flops["train"] + extra) / state.seconds if state.seconds else 0.0
+        rate = performed / state.seconds if state.seconds else 0.0
         epochs = self.dataset.epochs(tokens, train.sequence_length)
         if epochs > 1:
             self.warnings.append(f"the training text was seen {epochs:.2f} times")
@@ -269,9 +276,9 @@ class _Run:
             params=param_counts(self.table),
             flops={
                 **flops,
-                "train": flops["train"] + extra,
-                "train_causal": flops["train_causal"] + extra,
-                "guides": extra,
+                "train": performed,
+                "train_causal": flops["train_causal"] + guides,
+                "guides": guides,
             },
             tokens=tokens,
             steps=state.step,
@@ -289,7 +296,7 @@ class _Run:
             performance={
                 "seconds": state.seconds,
                 "tokens_per_second": speed,
-                "mfu": performed / self.ceiling / self.world.size,
+                "mfu": rate / self.ceiling / self.world.size,
                 "ceiling_flops_per_second": self.ceiling,
             },
             environment={
@@ -312,6 +319,3 @@ class _Run:
                 f"{self.out}: diverged at step {state.step + 1} ({why}); lower the learning rate, or set train.guard"
             )
         return record
-
-
-__all__ = ["profile", "train"]

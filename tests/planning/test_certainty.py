@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from scantling.config import load_study
 from scantling.laws import load_published
 from scantling.planning import Plan, load_plan, plan
-from scantling.planning.next_runs import Question, grow
+from scantling.planning.next_runs import Question, grow, next_runs
+from scantling.planning.outcome import pose
+from scantling.planning.shapes import families, whole_shapes
 from scantling.study import cells
 from tests.planning.asking import EXAMPLES, GQA, heads, refusal, solve
 
@@ -152,12 +155,32 @@ def test_studies_run_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_value_of_runs_by_hand() -> None:
-    """Two choices, each right under half of the draws: a run that tells which removes the regret, one that does not, none."""
-    right = np.arange(40) % 2
-    scores = np.where(right[:, None] == np.arange(2), 0.0, 1.0)
-    question = Question(scores, np.stack([np.zeros(40), 0.01 * right])[:, None], np.array([[1.0], [5.0]]))
-    assert question.regret([]) == pytest.approx(1.0)  # without itself each draw is outvoted by the others
-    assert question.regret([(0, 0)]) == pytest.approx(1.0)
-    assert question.regret([(1, 0)]) == pytest.approx(0.0, abs=1e-12)
+    """Two choices whose difference is normal: a run of signal c and noise s explains c^2 / (c^2 + s^2) of its variance."""
+    rng = np.random.default_rng(2)
+    half = rng.standard_normal(500)
+    difference = np.concatenate([half, -half])
+    difference *= 3.0 / difference.std(ddof=1)  # of standard deviation 3
+    scores = np.stack([np.zeros(1000), difference], axis=1)
+    logs = np.stack([np.zeros(1000), 0.02 * difference / 3])[:, None]
+    question = Question(scores, logs, np.array([[1.0], [5.0]]), noise=0.01)
+    before = 3 / math.sqrt(2 * math.pi)
+    explained = 0.02**2 / (0.02**2 + 0.01**2)
+    assert question.regret([]) == pytest.approx(before, rel=0.02)
+    assert question.regret([(0, 0)]) == pytest.approx(
+        question.regret([]), rel=1e-9
+    )  # it shows the same whatever is true
+    assert question.regret([(1, 0)]) == pytest.approx(before * (1 - math.sqrt(explained)), rel=0.03)
     assert grow(question, 10.0, True) == grow(question, 10.0, False) == [(1, 0)]
     assert grow(question, 4.0, True) == []
+
+
+@pytest.mark.parametrize("budget", [1e19, 1e20, 1e21])
+def test_the_next_runs_do_not_hang_on_a_seed(budget: float) -> None:
+    """Other points of integration choose the same runs on the shipped example."""
+    problem = pose(load_plan(EXAMPLES / "plan-serving.yaml", [f"next.training_flops={budget}"]))
+    kinds = families(problem.config.space, problem.law.heads)
+    pool = whole_shapes(problem.config.space, kinds, (512, 4096))
+    quote = problem.price(pool)
+    best = plan(problem.config).candidates
+    chosen = {repr(next_runs(problem, kinds, best, pool, quote, seed).runs) for seed in range(4)}  # type: ignore[union-attr]
+    assert len(chosen) == 1

@@ -11,7 +11,8 @@ import pytest
 from scantling.costing import cost, flops_per_token, train_flops
 from scantling.planning import load_plan, plan
 from scantling.planning.price import Priced, price
-from scantling.planning.shapes import Space, families, whole_shapes
+from scantling.planning.shapes import families, whole_shapes
+from scantling.planning.space import Space
 from scantling.resolve import resolve, spec_from
 from scantling.yamlio import loads
 from tests.planning.asking import EPOCH, GQA, inline, solve

@@ -111,7 +111,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "space.num_key_value_heads: no head configuration is left; key/value heads must divide query heads",
     ),
     ({"target": LOSS, "space": {"hidden_size": 100}}, "space: expected 1 to 50,000,000 shapes, got 0; heads must"),
-    ({"target": LOSS, "space": {"width": {}}}, "space.width: no law the planner reads says what a width profile"),
+    (
+        {"target": LOSS, "space": {"width": {}}},
+        "space.width: a width profile is a family, because its effect on the loss",
+    ),
     ({"target": {"los": 2.2}}, "target.los: unknown key"),
     (
         {"target": LOSS, "space": {"aspect": [2, 1]}},

@@ -116,11 +116,33 @@ def synthetic_plan() -> dict[str, Any]:
                 "extrapolated": True,
                 "extrapolation": ["N = 8.5e7 is 40 times above the fitted range 1e5 to 2e6"],
                 "margin_percent": 0.16 if number < 5 else None,
+                "probability_best": (0.5, 0.2, 0.1, 0.1, 0.1, 0.0)[number],
+                "expected_regret": 0.0004 * (number + 1),
+                "probability_reached": 0.9,
                 "spec": spec,
             }
         )
     shape = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
+    other = {**shape, "num_hidden_layers": 14, "hidden_size": 896}
     front = [{**shape, "cost": 10.0 ** (18 + k / 4), "loss": 1.8 + 1.3 * 10 ** (-(k - 4) * 0.04)} for k in range(9)]
+    trade = [
+        {**shape, "memory_bytes": 1.6e8 * 1.1**k, "flops": candidates[0]["lifetime_flops"] / 1.02**k} for k in range(5)
+    ]
+    turned = [
+        {"key": "serving.context", "factor": 0.5, "value": 1024, **shape, "same_heads": True, "regret_percent": 0.0},
+        {"key": "serving.tokens", "factor": 2.0, "value": 2e9, **other, "same_heads": True, "regret_percent": 3.217},
+        {"key": "serving.batch", "factor": 2.0, "value": 2, **other, "same_heads": True, "regret_percent": None},
+    ]
+    run = {**shape, "parameters": 1e6, "tokens": 2e7, "tokens_per_parameter": 20.0, "training_flops": 1.2e14}
+    following = {
+        "runs": [run, {**run, "tokens": 8e7, "tokens_per_parameter": 80.0, "training_flops": 4.8e14}],
+        "training_flops": 6e14,
+        "expected_regret": 0.0123,
+        "expected_regret_after": 0.0045,
+        "noise": 0.01,
+        "draws": 150,
+        "study": "name: plan-next\nfamilies: {plan: {}}\n",
+    }
     return {
         "schema": "scantling.plan/1",
         "minimize": "loss",
@@ -131,6 +153,10 @@ def synthetic_plan() -> dict[str, Any]:
         "law_optimum": None,
         "front_cost": "training_flops",
         "front": front,
+        "memory_front": trade,
+        "sensitivity": turned,
+        "next": following,
+        "study": "name: plan-ladder\n",
         "screened": 4123,
         "notes": ["The tokens are free: the law chooses D."],
     }

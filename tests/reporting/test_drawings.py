@@ -3,9 +3,7 @@
 import json
 import math
 import re
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,29 +57,6 @@ def test_the_stack_is_drawn_to_scale(inputs: dict[str, Path]) -> None:
 INK = "return getComputedStyle(document.querySelector('.xtick text')).fill"
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium that keeps its logs, or a skip that says what is missing."""
-    places = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    missing = [name for name, place in places.items() if place is None]
-    if missing:
-        pytest.skip(f"{' and '.join(missing)} not installed: the page was not looked at in a browser")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: no browser can be driven")
-    options = webdriver.ChromeOptions()
-    options.binary_location = places["chromium"]
-    for word in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(places["chromedriver"]))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (400, 800)])
@@ -103,7 +78,7 @@ def test_a_browser_draws_it_and_asks_for_nothing(
     while not all(is_plot and paths for is_plot, paths, _ in plots) and time.monotonic() < until:
         time.sleep(0.1)
         plots = browser.execute_script(drawn)
-    assert len(plots) == 7  # three ladders, the saving, two profiles, the front
+    assert len(plots) == 8  # three ladders, the saving, two profiles, two fronts
     for is_plot, paths, wide in plots:
         assert is_plot and paths > 0
         assert 200 < wide <= width

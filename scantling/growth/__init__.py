@@ -1,0 +1,1 @@
+"""Growth: enlarge any dimension of a model, same function."""

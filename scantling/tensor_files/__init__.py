@@ -1,0 +1,36 @@
+"""Weights on disk, one tensor at a time: safetensors files read and written without holding a model in memory.
+
+A `Tensors` knows names, shapes and dtypes, and makes a tensor when asked. Files are one; a renamed, transposed or grown view
+of another is one too, so a conversion is `write_tensors(folder, view_of(open_tensors(path)))`.
+"""
+
+from scantling.tensor_files.reading import open_tensors
+from scantling.tensor_files.tensors import Held, Produced, Shape, Tensors
+from scantling.tensor_files.writing import (
+    CHECKSUMS,
+    Written,
+    check_files,
+    digest,
+    needed,
+    new_folder,
+    verify,
+    write_shards,
+    write_tensors,
+)
+
+__all__ = [
+    "CHECKSUMS",
+    "Held",
+    "Produced",
+    "Shape",
+    "Tensors",
+    "Written",
+    "check_files",
+    "digest",
+    "needed",
+    "new_folder",
+    "open_tensors",
+    "verify",
+    "write_shards",
+    "write_tensors",
+]

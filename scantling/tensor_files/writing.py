@@ -1,0 +1,214 @@
+"""`Tensors` as a folder of safetensors shards: one tensor in memory at a time, checksummed, whole or not at all."""
+
+import ctypes
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scantling.errors import InputError, RunError
+from scantling.files import explained, sync_folder, write_json
+from scantling.tensor_files.reading import CODES, INDEX, SINGLE, read_json, readable
+from scantling.tensor_files.tensors import Tensors
+from scantling.yamlio import show
+
+CHECKSUMS = "checksums.json"
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        sha256: of every file, by name, taken of the bytes on their way to the disk.
+        tensors: how many.
+        bytes: of all tensors.
+    """
+
+    sha256: dict[str, str]
+    tensors: int
+    bytes: int
+
+
+def write_tensors(
+    folder: Path, tensors: Tensors, max_shard_bytes: int = SHARD_BYTES, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """A new folder with the shards of `tensors` and their `checksums.json`; one tensor in memory at a time.
+
+    Args:
+        folder: must not exist. It appears whole, or not at all.
+        max_shard_bytes: a tensor larger than this has a file of its own.
+        metadata: texts for the header of every file.
+
+    Raises:
+        InputError: the folder exists.
+        RunError: the disk is full or not writable.
+    """
+    with new_folder(folder, needed(tensors)) as temporary:
+        written = write_shards(temporary, tensors, max_shard_bytes, metadata)
+        write_json(temporary / CHECKSUMS, {"sha256": written.sha256})
+    return written
+
+
+def needed(tensors: Tensors) -> int:
+    """Bytes of all tensors."""
+    return sum(map(tensors.size, tensors.names))
+
+
+@contextmanager
+def new_folder(target: Path, bytes_needed: int = 0) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name when the block ends well, and is removed when it does not.
+
+    Raises:
+        InputError: the target exists.
+        RunError: the disk has no room for `bytes_needed`, fills up, or is not writable.
+    """
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: exists already; choose another folder, or remove it first")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < bytes_needed:
+            raise RunError(
+                f"{target}: needs {bytes_needed:,} bytes, the disk has {free:,} free; make room and run it again"
+            )
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            sync_folder(temporary)
+            os.rename(temporary, target)
+            sync_folder(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path, tensors: Tensors, max_shard_bytes: int | None = SHARD_BYTES, metadata: Mapping[str, str] | None = None
+) -> Written:
+    """As `write_tensors`, into a folder that exists, without checksums of its own; None for one file of any size."""
+    shards = _shards(tensors, max_shard_bytes)
+    files = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    sums: dict[str, str] = {}
+    with explained(folder), ThreadPoolExecutor(1) as hashing:
+        for file, names in zip(files, shards, strict=True):
+            sums[file] = _write_shard(folder / file, tensors, names, metadata or {}, hashing)
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            write_json(folder / INDEX, {"metadata": {"total_size": needed(tensors)}, "weight_map": weight_map})
+            sums[INDEX] = digest(folder / INDEX)
+    return Written(sums, len(tensors.names), needed(tensors))
+
+
+def _shards(tensors: Tensors, most: int | None) -> list[list[str]]:
+    """Names by file, in order; wide dtypes first within a file, so that every tensor is aligned."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in tensors.names:
+        size = tensors.size(name)
+        if shards[-1] and most is not None and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return [sorted(names, key=lambda name: -tensors.dtype(name).itemsize) for names in shards]
+
+
+def _write_shard(
+    path: Path, tensors: Tensors, names: list[str], metadata: Mapping[str, str], hashing: ThreadPoolExecutor
+) -> str:
+    """One file, header first; its SHA-256 is taken by another thread while the same bytes are written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for name in names:
+        end = at + tensors.size(name)
+        code = CODES[tensors.dtype(name)]
+        header[name] = {"dtype": code, "shape": list(tensors.shape(name)), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sha256 = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        _put(memoryview(struct.pack("<Q", len(text)) + text), file, sha256, hashing)
+        for name in names:
+            _put_tensor(tensors.pieces(name), file, sha256, hashing)
+            _give_back_memory()
+        os.fsync(file.fileno())
+    return sha256.hexdigest()
+
+
+def _put_tensor(pieces: Iterator[memoryview], file: io.FileIO, sha256: Any, hashing: ThreadPoolExecutor) -> None:
+    """A function of its own, so that no name outlives the tensor while the next is made."""
+    for piece in pieces:
+        _put(piece, file, sha256, hashing)
+
+
+def _put(data: memoryview, file: io.FileIO, sha256: Any, hashing: ThreadPoolExecutor) -> None:
+    hashed = hashing.submit(sha256.update, data)
+    while data:
+        data = data[file.write(data) :]
+    hashed.result()
+
+
+def _give_back_memory() -> None:
+    """Have glibc return freed memory: it keeps blocks of up to 32 MiB, and small objects in them hinder their reuse."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+# --- checksums ---------------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> dict[str, str]:
+    """Read every file that `checksums.json` names and compare; the checksums by file.
+
+    Raises:
+        InputError: no checksums, or files that are missing or altered; every fault found.
+    """
+    path = folder / CHECKSUMS
+    with readable(path):
+        sums = read_json(path, path.read_bytes()).get("sha256")
+    if not isinstance(sums, dict):
+        raise InputError(f"{path}: expected sha256 by file name, got {show(sums)}")
+    check_files(folder, sums)
+    return sums
+
+
+def check_files(folder: Path, sums: Mapping[str, str]) -> None:
+    """Read files of a folder and compare with their SHA-256.
+
+    Raises:
+        InputError: files that are missing or altered; every fault found.
+    """
+    faults: list[str] = []
+    for name, expected in sums.items():
+        path = folder / name
+        if Path(name).name != name:
+            faults.append(f"{folder}: expected checksums by file name, got {show(name)}")
+        elif not path.is_file():
+            faults.append(f"{path}: missing; the folder is incomplete")
+        else:
+            with readable(path):
+                found = digest(path)
+            if found != expected:
+                faults.append(f"{path}: expected sha256 {str(expected)[:12]}, got {found[:12]}; altered or damaged")
+    if faults:
+        raise InputError(*faults)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
