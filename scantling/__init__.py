@@ -14,12 +14,13 @@ _HOMES = {
     "cost": "scantling.costing",
     "build": "scantling.model",
     "train": "scantling.training",
+    "grow": "scantling.growth",
     "fit": "scantling.laws",
     "load_law": "scantling.laws",
     "plan": "scantling.planning",
     "report": "scantling.reporting",
 }
-__all__ = ["ModelSpec", "build", "cost", "fit", "load_law", "load_spec", "plan", "report", "train"]
+__all__ = ["ModelSpec", "build", "cost", "fit", "grow", "load_law", "load_spec", "plan", "report", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,7 @@ def import_folder(source: Path, out: Path, compare: bool = True) -> Receipt:
     config, spec = load(source / CONFIG).value, load_spec(source / CONFIG)
     weights = from_hf(open_tensors(source), config, spec)
     state = {"step": 0, "imported": {"model_type": config["model_type"], "folder": source.resolve().name}}
-    files = sorted(path for path in source.iterdir() if path.is_file() and CARRIED.fullmatch(path.name))
+    files = source_files(source)
     written = write_checkpoint(out, spec, weights, state, files)
     kind, reason = config["model_type"], None if compare else "not asked for"
     return _receipt(source, out, kind, None, spec, weights, written, files, source, reason)
@@ -194,19 +194,49 @@ def export_checkpoint(source: Path, out: Path, dtype: str | None = None, compare
     kind = config["model_type"]
     theirs = to_hf(weights, spec, kind)
     theirs = cast(theirs, DTYPES[dtype]) if dtype else theirs
-    config["dtype" if "dtype" in config else "torch_dtype"] = _name(_widest(theirs))
     files = [path for path in files if path.name != CONFIG]
-    with new_folder(out, needed(theirs)) as temporary:
-        written = write_shards(temporary, theirs)
-        write_json(temporary / CONFIG, config)
-        for path in files:
-            shutil.copyfile(path, temporary / path.name)
-        names = [CONFIG, *(path.name for path in files)]
-        write_json(
-            temporary / CHECKSUMS, {"sha256": {**written.sha256, **{name: digest(temporary / name) for name in names}}}
-        )
+    written = _write_stock(out, theirs, config, files, {})
     reason = None if compare else "not asked for"
     return _receipt(source, out, kind, None, spec, weights, written, files, out, reason)
+
+
+def write_stock(
+    out: Path,
+    spec: ModelSpec,
+    weights: Tensors,
+    config: Mapping[str, Any],
+    files: list[Path],
+    more: Mapping[str, Any],
+) -> Written:
+    """A folder that stock transformers loads; whole or not at all.
+
+    Args:
+        weights: the parameters of the module of `spec`.
+        config: as `stock_config` gives it.
+        files: to carry along.
+        more: JSON files to add, by name.
+    """
+    return _write_stock(out, to_hf(weights, spec, config["model_type"]), config, files, more)
+
+
+def _write_stock(
+    out: Path, theirs: Tensors, config: Mapping[str, Any], files: list[Path], more: Mapping[str, Any]
+) -> Written:
+    dtype = "dtype" if "dtype" in config else "torch_dtype"
+    with new_folder(out, needed(theirs)) as temporary:
+        written = write_shards(temporary, theirs)
+        for name, content in {**more, CONFIG: {**config, dtype: _name(_widest(theirs))}}.items():
+            write_json(temporary / name, content)
+        for path in files:
+            shutil.copyfile(path, temporary / path.name)
+        sums = {file.name: digest(file) for file in sorted(temporary.iterdir()) if file.name not in written.sha256}
+        write_json(temporary / CHECKSUMS, {"sha256": {**written.sha256, **sums}})
+    return written
+
+
+def source_files(folder: Path) -> list[Path]:
+    """The small files of a Hugging Face folder that go wherever its weights go."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and CARRIED.fullmatch(path.name))
 
 
 def checkpoint_folder(path: Path) -> Path:

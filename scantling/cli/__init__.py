@@ -5,6 +5,7 @@ Each verb imports what it needs when it runs, so that sizing, predicting and pla
 
 from scantling.cli import (  # noqa: F401  a file of verbs adds them to the app when it is imported
     exploring,
+    growing,
     hugging_face,
     laws,
     planning,

@@ -119,7 +119,7 @@ def _refuse(spec: ModelSpec, target: ModelSpec, forms: dict[int | None, Form], c
     if centred and placements != {"pre"}:
         raise Inexact(
             f"layer_norm with norm_placement {', '.join(sorted(placements - {'pre'}))}: the mean of what it leaves in the "
-            "stream depends on the data, so no width grows exactly but by copying: use `grow --clone` with a whole multiple"
+            "stream depends on the data, so no width grows exactly; grow the feed-forward, heads or head sizes instead"
         )
     if centred and len(set(spec.stream_widths)) > 1 and not isinstance(spec.transition, Compress):
         raise Inexact(

@@ -109,7 +109,14 @@ def _sensitivity_table(law: LawFit) -> None:
             table.add_row(item.change, f"{item.n}", "refused", *[""] * (len(columns) - 3))
             continue
         cells = [f"{item.params[key]:.4g}" for key in names]
-        cells += ["-" if item.ahead is None else f"{item.ahead:.4f}"] if ahead else []
+        shown = (
+            "-"
+            if item.ahead is None
+            else f"{item.ahead:.4f}"
+            if law.predicts == "loss"
+            else format_count(item.ahead, 4)
+        )
+        cells += [shown] if ahead else []
         cells += ["-" if item.optimum is None else f"{item.optimum:.3g}"] if best else []
         table.add_row(item.change, f"{item.n}", *cells)
     console.print(table)

@@ -1,0 +1,46 @@
+"""The verb of growth."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from scantling.cli.app import Json, app, print_json
+
+
+@app.command
+def grow(
+    checkpoint: Path,
+    *,
+    to: Path,
+    out: Path,
+    seed: int = 0,
+    new_layers: Literal["copy", "random", "stack"] = "copy",
+    free: Literal["initializer", "matching"] = "initializer",
+    moments: Literal["mean", "zero"] = "mean",
+    text: Path | None = None,
+    measure: Annotated[bool, Parameter(negative="--no-measure")] = True,
+    json_: Json = False,
+) -> None:
+    """Enlarge a model without changing its function, and prove it: a receipt is saved with the result.
+
+    Args:
+        checkpoint: A checkpoint folder, a run folder, or a Hugging Face folder.
+        to: The larger spec, or a config.json.
+        out: The new folder: Hugging Face's where one came in and its classes can express the target, else a checkpoint.
+        seed: Of the random entries.
+        new_layers: Weights of new layers: a copy of the layer before (output zeroed), random (output zeroed), or the whole
+            stack repeated (not the same function).
+        free: Spread of random entries: the model's initialiser, or that of the tensor they join.
+        moments: Where second moments of new entries in old tensors start.
+        text: A file on whose first tokens logits are compared too.
+        measure: Compare logits, find entries no gradient reaches, try one update.
+    """
+    from scantling import show
+    from scantling.growth import Policy, grow_folder
+
+    receipt = grow_folder(checkpoint, to, out, Policy(seed, free, moments, new_layers), text, measure)
+    if json_:
+        print_json(receipt.to_json())
+    else:
+        show.growth(receipt)

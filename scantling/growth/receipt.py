@@ -1,0 +1,184 @@
+"""The receipt of a growth: what was done, and measured proof that the function is the same and the new part can learn."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scantling.checkpoint import weights_of
+from scantling.growth.steps import Step
+from scantling.growth.weights import Policy, applied
+from scantling.hf_weights import cast
+from scantling.model import Decoder, build_meta
+from scantling.rows import rows
+from scantling.spec import ModelSpec
+from scantling.tensor_files import Held, Tensors
+
+CHECKED_TOKENS = 32
+STEP_SIZE = 1e-4  # of the sign-sized update after which logits are compared again
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a growth did.
+
+    Attributes:
+        steps: the expansions, in order.
+        exact: False when a step is no function-preserving one.
+        logit_difference: by precision, the largest absolute difference between logits of old tokens before and after, on
+            random ids and on the given text; None with a reason in `not_measured`.
+        largest_logit: for scale.
+        rounding: by precision, the largest difference of the *unchanged* model from itself in float64: what to expect.
+        liveness: share of new parameters that a gradient reaches within two steps (rows of tokens not seen left out).
+        one_step: largest change of a logit after one sign-sized update of STEP_SIZE.
+    """
+
+    source: str
+    out: str
+    steps: list[dict[str, str]]
+    exact: bool
+    params_before: int
+    params_after: int
+    logit_difference: dict[str, float] | None
+    text_logit_difference: dict[str, float] | None
+    largest_logit: float | None
+    rounding: dict[str, float] | None
+    liveness: float | None
+    one_step: float | None
+    not_measured: str | None
+    optimizer: str | None = None
+    format: str = "scantling"
+    why_own_format: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `max_abs_logit_difference` is the float64 one."""
+        difference = self.logit_difference
+        return {**asdict(self), "max_abs_logit_difference": None if difference is None else difference["float64"]}
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Parameters of a model."""
+    return int(sum(row.params for row in rows(spec)))
+
+
+def held_model(spec: ModelSpec, tensors: Tensors, dtype: torch.dtype) -> Decoder:
+    """The module of a spec with these weights."""
+    model = build_meta(spec).to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors.tensor(name))
+    if spec.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval()
+
+
+def measured(
+    before: ModelSpec, steps: Sequence[Step], weights: Tensors, policy: Policy, text: Tensor | None = None
+) -> dict[str, Any]:
+    """The measured half of a receipt; for each precision the old weights are cast to it and grown in it.
+
+    Args:
+        text: token ids (1, seq) to compare on beside random ones.
+    """
+    after = steps[-1].after if steps else before
+    if (obstacle := _obstacle(before, after)) is not None:
+        return not_measured(obstacle)
+    length = min(CHECKED_TOKENS, before.max_position_embeddings)
+    ids = torch.randint(before.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    differences: dict[str, float] = {}
+    on_text: dict[str, float] = {}
+    rounding: dict[str, float] = {}
+    largest, exact = 0.0, None
+    for name, dtype in PRECISIONS.items():
+        with torch.no_grad():
+            given = cast(weights, dtype)
+            old = held_model(before, given, dtype)
+            logits, words = old(ids).double(), None if text is None else old(text).double()
+            del old
+            new = held_model(after, applied(given, list(steps), policy), dtype)
+            differences[name] = _largest(new(ids)[..., : before.vocab_size].double() - logits)
+            if text is not None and words is not None:
+                on_text[name] = _largest(new(text)[..., : before.vocab_size].double() - words)
+        exact = logits if exact is None else exact
+        rounding[name] = _largest(logits - exact)
+        largest = max(largest, _largest(logits))
+    liveness, moved = _alive(after, steps, weights, applied(cast(weights, torch.float64), list(steps), policy), ids)
+    return {
+        "logit_difference": differences,
+        "text_logit_difference": on_text or None,
+        "largest_logit": largest,
+        "rounding": rounding,
+        "liveness": liveness,
+        "one_step": moved,
+        "not_measured": None,
+    }
+
+
+def not_measured(reason: str) -> dict[str, Any]:
+    """The measured half of a receipt, empty."""
+    names = ("logit_difference", "text_logit_difference", "largest_logit", "rounding", "liveness", "one_step")
+    return {**dict.fromkeys(names), "not_measured": reason}
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _obstacle(before: ModelSpec, after: ModelSpec) -> str | None:
+    wanted = 8 * (parameters(before) + 3 * parameters(after))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted <= free:
+        return None
+    return f"comparing logits needs {wanted:,} bytes of memory, {free:,} are free"
+
+
+def new_entries(steps: Sequence[Step], weights: Tensors) -> dict[str, Tensor]:
+    """Of every grown tensor which entries are new, as booleans."""
+    ones = Held({name: torch.ones(weights.shape(name)) for name in weights.names})
+    old = applied(ones, list(steps), Policy(moments="zero"), "first")
+    have = set(old.names)
+    after = held_shapes(steps, weights)
+    return {
+        name: old.tensor(name) == 0 if name in have else torch.ones(shape, dtype=torch.bool)
+        for name, shape in after.items()
+    }
+
+
+def held_shapes(steps: Sequence[Step], weights: Tensors) -> dict[str, tuple[int, ...]]:
+    """Shapes of the grown tensors."""
+    grown = applied(weights, list(steps))
+    return {name: grown.shape(name) for name in grown.names}
+
+
+def _alive(
+    spec: ModelSpec, steps: Sequence[Step], weights: Tensors, grown: Tensors, ids: Tensor
+) -> tuple[float | None, float]:
+    """The share of new entries a gradient reaches within two steps, and how far one step moves logits."""
+    new = new_entries(steps, weights)
+    model = held_model(spec, grown, torch.float64).train()
+    found, _ = weights_of(model)
+    named = {name: parameter for name, parameter in model.named_parameters() if name in found}
+    for table in ("embed_tokens.weight", "embed_positions.weight"):
+        if table in new:  # rows that this batch does not look up have no gradient whatever they hold
+            seen = torch.zeros(len(new[table]), dtype=torch.bool)
+            seen[ids.flatten() if table.startswith("embed_tokens") else torch.arange(ids.shape[1])] = True
+            new[table] = new[table] & seen.view(-1, *[1] * (new[table].ndim - 1))
+    reached = {name: torch.zeros_like(flags) for name, flags in new.items()}
+    before, moved = model(ids).detach(), 0.0
+    for step in range(2):
+        torch.autograd.backward(model.loss(ids, ids.roll(-1, 1)))
+        with torch.no_grad():
+            for name, parameter in named.items():
+                if parameter.grad is not None:
+                    reached[name] |= parameter.grad != 0
+                    parameter.sub_(STEP_SIZE * parameter.grad.sign())
+                    parameter.grad = None
+            if step == 0:
+                moved = _largest(model(ids) - before)
+    total = sum(int(flags.sum()) for flags in new.values())
+    alive = sum(int((reached[name] & flags).sum()) for name, flags in new.items())
+    return (alive / total if total else None), moved
