@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.parity import gpt_variants, structured_ffn, variable_width, variable_width_models
+from tests.parity import gpt_variants, growth, structured_ffn, variable_width, variable_width_models
 from tests.parity.check import Case, Checks
 
-FORMATS = (variable_width, variable_width_models, structured_ffn, gpt_variants)
+FORMATS = (variable_width, variable_width_models, structured_ffn, gpt_variants, growth)
 
 
 def find(root: Path) -> Iterator[tuple[Path, Path, list[Case]]]:
