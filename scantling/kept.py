@@ -174,7 +174,9 @@ def _norm(norm: Any, width: Number, batch: Batch, groups: Number = 1, narrow: bo
 def _attention(layer: Any, batch: Batch) -> Number:
     """Scaled q, rotated k, v, the output projection's input; then what the kernel keeps; then the q/k norm's inputs."""
     heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-    read = heads if getattr(layer, "head_to_group", None) is not None else kv_heads  # a map gives each head its own copy
+    read = (
+        heads if getattr(layer, "head_to_group", None) is not None else kv_heads
+    )  # a map gives each head its own copy
     out = heads * layer.v_head_dim
     kept = batch.values((heads + read) * layer.head_dim + read * layer.v_head_dim + out)
     softcapped = getattr(layer, "attn_logit_softcapping", None) is not None

@@ -169,7 +169,9 @@ class LayerSpec(Frozen):
         """The key/value head that each query head reads."""
         if self.head_to_group is not None:
             return self.head_to_group
-        return tuple(head * self.num_key_value_heads // self.num_attention_heads for head in range(self.num_attention_heads))
+        return tuple(
+            head * self.num_key_value_heads // self.num_attention_heads for head in range(self.num_attention_heads)
+        )
 
     @property
     def out_bias(self) -> bool:

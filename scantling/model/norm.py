@@ -34,7 +34,9 @@ def normalised(x: Float[Tensor, "*batch width"], spec: RMSNorm | LayerNorm) -> F
     """x divided by its statistic, without gain and shift."""
     width = (x.shape[-1],)
     if spec.statistic_size in (None, *width):
-        return F.layer_norm(x, width, eps=spec.eps) if isinstance(spec, LayerNorm) else F.rms_norm(x, width, eps=spec.eps)
+        return (
+            F.layer_norm(x, width, eps=spec.eps) if isinstance(spec, LayerNorm) else F.rms_norm(x, width, eps=spec.eps)
+        )
     first = x[..., : spec.statistic_size]
     if isinstance(spec, LayerNorm):
         variance, mean = torch.var_mean(first, -1, correction=0, keepdim=True)
