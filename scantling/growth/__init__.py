@@ -3,7 +3,7 @@
 `path` plans the expansions between two specs, `grow` applies them to a model, `grow_folder` to a checkpoint on disk.
 """
 
-from scantling.growth.grow import grow, grow_folder, grown_state
+from scantling.growth.folders import grow, grow_folder, grown_state
 from scantling.growth.path import path
 from scantling.growth.receipt import Receipt
 from scantling.growth.weights import Policy

@@ -68,11 +68,11 @@ def parameters(spec: ModelSpec) -> int:
 def held_model(spec: ModelSpec, tensors: Tensors, dtype: torch.dtype) -> Decoder:
     """The module of a spec with these weights."""
     model = build_meta(spec).to(dtype).to_empty(device="cpu")
+    if spec.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors.tensor(name))
-    if spec.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
 
 

@@ -19,6 +19,8 @@ from scantling.model import build_meta
 from scantling.model.init import spreads
 from scantling.tensor_files import Shape, Tensors
 
+DRAWN_AT_ONCE = 2**22  # random numbers in float32, whatever the dtype and size of the tensor
+
 Role = Literal["weight", "first", "second"]  # a weight; a moment linear in the gradient; one in its square
 
 
@@ -176,7 +178,10 @@ class Grown(Tensors):
             spread = float(old.float().std()) if old is not None else float(new.shape[-1]) ** -0.5
         digest = hashlib.sha256(f"{self.policy.seed} {self.step.text} {key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        return new.copy_(torch.randn(new.shape, generator=generator) * spread)
+        rows = max(1, DRAWN_AT_ONCE // max(1, new[:1].numel()))
+        for part in new.split(rows):
+            part.copy_(torch.empty(part.shape).normal_(0.0, spread, generator=generator))
+        return new
 
 
 def old_places(axis: Axis, index: Index, size: int) -> Index:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from scantling.model.layer import Cache, Layer
 from scantling.model.norm import Norm, normalised
 from scantling.model.rotary import rotary_table, rotate
 from scantling.model.stream import Stream
-from scantling.parts import DenseFFN, Gaussian, RMSNorm, Rope
+from scantling.parts import DenseFFN, Gaussian, Rope
 from scantling.spec import ModelSpec
 
 Stacked = Float[Tensor, "stacks batch seq width"]

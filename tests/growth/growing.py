@@ -24,9 +24,9 @@ def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.floa
     return model.eval()
 
 
-def grown_model(model: Decoder, steps: Sequence[Step], policy: Policy = Policy()) -> Decoder:
+def grown_model(model: Decoder, steps: Sequence[Step], policy: Policy | None = None) -> Decoder:
     weights, _ = weights_of(model)
-    tensors = applied(Held(weights), list(steps), policy)
+    tensors = applied(Held(weights), list(steps), policy or Policy())
     target = steps[-1].after if steps else model.spec
     grown = build(target, dtype=next(model.parameters()).dtype)
     state = {name: tensors.tensor(name) for name in tensors.names}

@@ -179,7 +179,7 @@ def _other_groups(given: Source, steps: list[Step], policy: Policy) -> dict[str,
     average = given.folder / f"{checkpoint.AVERAGE}.safetensors"
     if average.is_file():
         tensors = applied(open_tensors(average), steps, policy)
-        groups[checkpoint.AVERAGE] = {name: tensors.tensor(name) for name in tensors.names}
+        groups[checkpoint.AVERAGE] = {name: tensors.tensor(name).clone() for name in tensors.names}
     optimizer = given.folder / f"{checkpoint.OPTIMIZER}.safetensors"
     if optimizer.is_file():
         state = open_tensors(optimizer)
@@ -200,7 +200,7 @@ def grown_state(state: Mapping[str, Tensor], steps: list[Step], policy: Policy =
             grown |= {f"{key}.{name}": own[_origin(name, steps)].clone() for name in counted.names}
             continue
         tensors = applied(Held(own), steps, policy, MOMENTS[key])
-        grown |= {f"{key}.{name}": tensors.tensor(name) for name in tensors.names}
+        grown |= {f"{key}.{name}": tensors.tensor(name).clone() for name in tensors.names}  # copied layers share
     return grown
 
 
