@@ -23,7 +23,7 @@ from scantling.errors import InputError
 from scantling.files import write_json, write_text
 from scantling.hf_classes import DEFAULTS, GPT2_NAMES
 from scantling.hf_config import OPTIONAL
-from scantling.hf_weights import cast, from_hf, to_hf
+from scantling.hf_weights import cast, from_hf, main_dtype, to_hf
 from scantling.hf_writer import same_function, to_hf_config
 from scantling.model import Decoder, build_meta
 from scantling.resolve import load_spec, spec_from, to_mapping
@@ -225,7 +225,7 @@ def _write_stock(
     dtype = "dtype" if "dtype" in config else "torch_dtype"
     with new_folder(out, needed(theirs)) as temporary:
         written = write_shards(temporary, theirs)
-        for name, content in {**more, CONFIG: {**config, dtype: _name(_widest(theirs))}}.items():
+        for name, content in {**more, CONFIG: {**config, dtype: _name(main_dtype(theirs))}}.items():
             write_json(temporary / name, content)
         for path in files:
             shutil.copyfile(path, temporary / path.name)
@@ -372,10 +372,6 @@ def load_weights(spec: ModelSpec, weights: Tensors) -> Decoder:
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.tensor(name))
     return model
-
-
-def _widest(tensors: Tensors) -> torch.dtype:
-    return max((tensors.dtype(name) for name in tensors.names), key=lambda dtype: dtype.itemsize)
 
 
 def _name(dtype: torch.dtype) -> str:

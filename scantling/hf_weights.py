@@ -46,7 +46,7 @@ class Layout:
 
 
 class Gain(Layout):
-    """Theirs is the gain less 1, added in at least float32 (Gemma); so ours keeps float32, or bits would be lost."""
+    """Theirs is the gain less 1, which the class adds in float32 (Gemma); so ours is at least float32, or bits would be lost."""
 
     def join(self, *ours: Tensor) -> Tensor:
         return ours[0] - 1
@@ -222,7 +222,7 @@ class View(Tensors):
     def tensor(self, name: str) -> Tensor:
         one = self.made[name]
         sources = [self.source.tensor(source) for source in one.sources]
-        return one.make(*sources) if one.make else sources[0]
+        return one.make(*sources).to(one.dtype) if one.make else sources[0]
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         one = self.made[name]
@@ -279,7 +279,7 @@ def _split(layout: Layout, at: int) -> Callable[[Tensor], Tensor]:
 
 
 def to_hf(source: Tensors, spec: ModelSpec, model_type: str) -> Tensors:
-    """The parameters of our module as a checkpoint of a class.
+    """The parameters of our module as a checkpoint of a class; gains less 1 in the dtype that most of the weights have.
 
     Raises:
         InputError: the class cannot express the spec, or parameters are missing or of another shape.
@@ -291,12 +291,22 @@ def to_hf(source: Tensors, spec: ModelSpec, model_type: str) -> Tensors:
         odd = next(name for name in (*want, *have) if have.get(name) != want.get(name))
         raise InputError(f"{odd}: expected shape {want.get(odd)}, got {have.get(odd)}; not the weights of this model")
     made: dict[str, _Made] = {}
+    main = main_dtype(source)
     for pair in correspondence(spec, model_type):
         parts = [torch.empty(source.shape(ours), dtype=source.dtype(ours), device="meta") for ours in pair.ours]
         whole = pair.layout.join(*parts)
         make = None if type(pair.layout) is Layout else pair.layout.join
-        made[pair.theirs] = _Made(pair.ours, tuple(whole.shape), whole.dtype, make)
+        dtype = main if isinstance(pair.layout, Gain) else whole.dtype
+        made[pair.theirs] = _Made(pair.ours, tuple(whole.shape), dtype, make)
     return View(source, made)
+
+
+def main_dtype(tensors: Tensors) -> torch.dtype:
+    """The dtype that most of the bytes have."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for name in tensors.names:
+        bytes_of[tensors.dtype(name)] = bytes_of.get(tensors.dtype(name), 0) + tensors.size(name)
+    return max(bytes_of, key=lambda dtype: bytes_of[dtype])
 
 
 def cast(source: Tensors, dtype: torch.dtype) -> Tensors:
@@ -304,6 +314,6 @@ def cast(source: Tensors, dtype: torch.dtype) -> Tensors:
 
     def one(name: str) -> _Made:
         same = source.dtype(name) == dtype
-        return _Made((name,), source.shape(name), dtype, None if same else lambda tensor: tensor.to(dtype))
+        return _Made((name,), source.shape(name), dtype, None if same else lambda tensor: tensor)
 
     return View(source, {name: one(name) for name in source.names})

@@ -43,19 +43,21 @@ def to_hf_config(spec: ModelSpec, model_type: str | None = None) -> dict[str, An
         raise InputError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, got {show(model_type)}")
     wanted = same_function(spec)
     found: dict[str, list[str]] = {}
+    unreadable: set[str] = set()
     for kind in MODEL_TYPES if model_type is None else (model_type,):
         config = _candidate(spec, kind)
         try:
-            found[kind] = _differences(same_function(spec_from(config, kind)).dump(), wanted.dump(), kind)
+            found[kind] = _differences(same_function(spec_from(config, kind)), wanted, kind)
         except InputError as error:
-            found[kind] = [*error.faults] * (FAULTS_SHOWN + 1)  # farther than any that can be read
+            unreadable.add(kind)
+            found[kind] = list(error.faults)
         heads = spec.layers[0].num_attention_heads
         if kind in WHOLE_HEADS and spec.widths[0] % heads:
             found[kind].append(f"hidden_size {spec.widths[0]} is not a multiple of {heads} heads")
         if not found[kind]:
             return config
-    nearest = min(found, key=lambda kind: len(found[kind]))
-    faults = list(dict.fromkeys(found[nearest]))
+    nearest = min(found, key=lambda kind: (kind in unreadable, len(found[kind])))
+    faults = found[nearest]
     more = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
     which = (
         f"{nearest} cannot express this model"
@@ -70,6 +72,8 @@ def same_function(spec: ModelSpec) -> ModelSpec:
     changes: dict[str, Any] = {"initialization": {"kind": "fan_in"}, "layers": tuple(map(_same_layer, spec.layers))}
     if len({*spec.stream_widths}) == 1:
         changes["transition"] = None
+    if spec.final_norm is not None and spec.final_norm.statistic_size == spec.norm_width:
+        changes["final_norm"] = spec.final_norm.replace(statistic_size=None)
     return spec.replace(**changes)
 
 
@@ -192,12 +196,11 @@ def _rope(rope: Rope, head_dim: int, kind: str) -> dict[str, Any]:
 # --- what a class cannot say -------------------------------------------------------------------------------------------
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any], kind: str) -> list[str]:
+def _differences(its: ModelSpec, mine: ModelSpec, kind: str) -> list[str]:
     """A sentence per key that differs, layers with the same difference together."""
-    found: dict[str, list[int]] = {}
+    theirs, ours = its.model_dump(mode="json"), mine.model_dump(mode="json")
     layers = enumerate(zip(theirs.pop("layers"), ours.pop("layers"), strict=True))
-    for sentence in _compared(theirs, ours, (), kind):
-        found[sentence] = []
+    found: dict[str, list[int]] = {sentence: [] for sentence in _compared(theirs, ours, (), kind)}
     for at, pair in layers:
         for sentence in _compared(*pair, (), kind):
             found.setdefault(sentence, []).append(at)
@@ -216,5 +219,5 @@ def _compared(theirs: Any, ours: Any, path: KeyPath, kind: str) -> list[str]:
         return [each for key in keys for each in _compared(theirs.get(key), ours.get(key), (*path, key), kind)]
     if theirs == ours:
         return []
-    mine, its = ("the default" if value is None else show(value) for value in (ours, theirs))
+    mine, its = ("none" if value is None else show(value) for value in (ours, theirs))
     return [f"{dotted(path)} is {mine} here, {its} in {kind}"]

@@ -1,18 +1,25 @@
-"""Stock Hugging Face `config.json` files: the true architecture, the exact parameter count, refusals in words."""
+"""Stock Hugging Face `config.json` files: the true architecture and parameter count, refusals in words, and back again."""
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scantling.costing import cost
 from scantling.errors import InputError
-from scantling.hf_config import DEFAULTS, MODEL_TYPES
-from scantling.parts import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from scantling.hf_classes import BIASED, DEFAULTS, MODEL_TYPES
+from scantling.hf_writer import same_function, to_hf_config
+from scantling.model.rotary import frequencies
+from scantling.parts import LinearScaling, Llama3Scaling, NTKScaling, Rope, YarnScaling
 from scantling.resolve import load_spec, spec_from
 from scantling.spec import LayerSpec, ModelSpec
+from tests.strategies import specs
 
 FOLDER = Path(__file__).parent / "data/hf"
 
@@ -25,6 +32,7 @@ MODELS = {
     "mistral-7b-v0.1": (7_241_732_096, 131_072),
     "qwen2.5-7b": (7_615_616_512, 57_344),
     "qwen3-8b": (8_190_735_360, 147_456),
+    "gemma-2b": (2_506_172_416, 18_432),
     "gemma-2-9b": (9_241_705_984, 344_064),
     "gpt2": (124_439_808, 36_864),
     "pythia-1.4b": (1_414_647_808, 196_608),
@@ -104,6 +112,15 @@ def test_gemma2() -> None:
     assert first.scale == 1 / 16 and spec.embedding_multiplier == math.sqrt(3584) and spec.tie_word_embeddings
     other = stock("gemma-2-9b", query_pre_attn_scalar=144, final_logit_softcapping=None)
     assert other.layers[0].scale == 1 / 12 and other.final_logit_softcapping is None
+
+
+def test_gemma() -> None:
+    spec = stock("gemma-2b")
+    layer = spec.layers[0]
+    assert (layer.norm_placement, layer.num_key_value_heads, layer.head_dim, layer.scale) == ("pre", 1, 256, 1 / 16)
+    assert layer.ffn.hidden_act == "gelu_pytorch_tanh"  # "gelu" in the first releases means this
+    assert spec.embedding_multiplier == math.sqrt(2048) and spec.tie_word_embeddings
+    assert spec.final_logit_softcapping is None and layer.sliding_window is None
 
 
 def test_gpt2() -> None:
@@ -222,6 +239,7 @@ def test_rope_in_every_spelling(keys: dict[str, Any], expected: Rope) -> None:
             r"layer_types\[0\]: expected full_",
         ),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "attention here is causal"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "attention here is causal"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar: expected a number above 0"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "no encoder to attend to"),
         ({"model_type": "gpt2", "activation_function": "mish"}, "activation_function: expected one of"),
@@ -288,3 +306,188 @@ def test_our_own_keys_beside_the_class_keys_change_the_model() -> None:
     assert (unbiased.layers[0].attention_bias, unbiased.layers[0].sliding_window) == (False, None)
     with pytest.raises(InputError, match="--set num_layers: num_layers: unknown key; did you mean 'num_hidden_layers'"):
         load_spec(path, ["num_layers=2"])
+
+
+def test_gpt_neox_has_its_own_name_for_rope_theta() -> None:
+    """As its class reads a config: `rope_theta` beside `rotary_emb_base` is nothing."""
+    assert rope(stock("pythia-1.4b", rope_theta=7.0).layers[0]).rope_theta == 10000
+    given = {"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}}
+    assert rope(stock("pythia-1.4b", **given).layers[0]) == Rope(kind="rope", rope_theta=7, partial_rotary_factor=0.5)
+
+
+# --- and back: a spec as a config.json ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stock_model_is_written_as_the_class_it_was(name: str) -> None:
+    spec, kind = stock(name), json.loads((FOLDER / f"{name}.json").read_text())["model_type"]
+    found = to_hf_config(spec)
+    assert found["model_type"] == kind and spec_from(found) == spec
+    assert to_hf_config(spec, kind) == found
+
+
+ROPE_SCALINGS: list[dict[str, Any] | None] = [
+    None,
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_slow": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+    {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "high_freq_factor": 3.0},
+]
+
+
+WINDOWS = ["full_attention", "sliding_attention"]
+
+
+@st.composite
+def uniform_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A config.json of any supported class, most of its keys drawn."""
+    kind = draw(st.sampled_from(MODEL_TYPES))
+    groups, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, depth, head_dim = groups * group, draw(st.integers(1, 4)), 2 * draw(st.integers(2, 8))
+    choice = {
+        "hidden_size": st.just(heads * head_dim) if kind in ("gpt2", "gpt_neox") else st.just(heads * 2 * head_dim),
+        "intermediate_size": st.integers(1, 99),
+        "vocab_size": st.integers(2, 99),
+        "max_position_embeddings": st.integers(1, 99),
+        "tie_word_embeddings": st.booleans(),
+        "initializer_range": st.sampled_from([0.02, 0.1]),
+        "hidden_act": st.sampled_from(["silu", "relu", "gelu", "gelu_new"]),
+        "rms_norm_eps": st.sampled_from([1e-6, 1e-5, 1e-3]),
+        "layer_norm_eps": st.sampled_from([1e-6, 1e-5, 1e-3]),
+        "rope_theta": st.sampled_from([10000.0, 5e5]),
+        "rope_scaling": st.sampled_from(ROPE_SCALINGS),
+        "sliding_window": st.sampled_from([None, 1, 7]),
+        "use_sliding_window": st.booleans(),
+        "max_window_layers": st.integers(0, 5),
+        "layer_types": st.none() | st.lists(st.sampled_from(WINDOWS), min_size=depth, max_size=depth),
+        "attention_bias": st.booleans(),
+        "mlp_bias": st.booleans(),
+        "head_dim": st.just(head_dim),
+        "num_key_value_heads": st.just(groups),
+        "query_pre_attn_scalar": st.integers(1, 300),
+        "attn_logit_softcapping": st.sampled_from([None, 50.0, 7.5]),
+        "final_logit_softcapping": st.sampled_from([None, 30.0, 7.5]),
+        "scale_attn_weights": st.booleans(),
+        "scale_attn_by_inverse_layer_idx": st.booleans(),
+        "rotary_pct": st.sampled_from([0.5, 1.0]),
+        "rotary_emb_base": st.sampled_from([10000.0, 500.0]),
+        "use_parallel_residual": st.booleans(),
+        "num_local_experts": st.integers(2, 5),
+        "num_experts_per_tok": st.integers(1, 2),
+        "router_aux_loss_coef": st.sampled_from([0.0, 0.02]),
+    }  # fmt: skip
+    known = {*DEFAULTS[kind], "rope_scaling", "head_dim", "scale_attn_by_inverse_layer_idx"}
+    known |= {"attention_bias"} if kind in BIASED else set()
+    known |= {"mlp_bias"} if kind == "llama" else set()
+    known |= {"layer_types"} if kind in ("qwen2", "qwen3", "gemma2") else set()
+    known -= {"head_dim", "num_key_value_heads"} if kind in ("gpt2", "gpt_neox") else set()
+    sizes = {"model_type": kind, "num_hidden_layers": depth, "num_attention_heads": heads}
+    return sizes | {key: draw(values) for key, values in choice.items() if key in known}
+
+
+@given(config=uniform_configs())
+def test_every_uniform_model_is_written_and_read_back_equal(config: dict[str, Any]) -> None:
+    spec, kind = spec_from(config), config["model_type"]
+    written = to_hf_config(spec, kind)
+    assert spec_from(written) == spec
+    other = to_hf_config(spec)  # another class may say the same first: a mistral without a window is a llama
+    assert same_function(spec_from(other)) == same_function(spec)
+
+
+@given(spec=specs())
+def test_any_model_is_written_truly_or_refused_in_words(spec: ModelSpec) -> None:
+    try:
+        written = to_hf_config(spec)
+    except InputError as error:
+        assert str(error).startswith("no supported Hugging Face class can express this model: ")
+        assert " here, " in str(error) or "expected" in str(error)
+    else:
+        assert same_function(spec_from(written)) == same_function(spec)
+
+
+LAYER: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"hidden_size": [32, 16, 32], "transition": "carry_forward"},
+            'transition is {"kind": "carry_forward"} here, none in llama; layer 1: hidden_size is 16 here, 32 in llama',
+        ),
+        ({"num_key_value_heads": [4, 2, 2]}, "layers 1 and 2: num_key_value_heads is 2 here, 4 in llama"),
+        ({"ffn": {"kind": "low_rank", "rank": 4}}, "3 layers from layer 0 on: ffn is "),
+        (
+            {"norm": {"kind": "rms_norm", "statistic_size": 16}},
+            "final_norm.statistic_size is 16 here, none in llama; 3 layers from layer 0 on: norm.statistic_size is 16 here",
+        ),
+        ({"position": {"kind": "rope", "frequency_size": 16}}, "position.frequency_size is 16 here, none in llama"),
+        ({"head_to_group": [0, 0, 0, 1], "num_key_value_heads": 2}, "head_to_group is [0, 0, 0, 1] here"),
+        ({"v_head_dim": 4}, "3 layers from layer 0 on: v_head_dim is 4 here, 8 in llama"),
+        ({"lm_head_bias": True, "qk_norm": {"over": "head"}}, "lm_head_bias is true here, false in qwen3"),
+        ({"final_norm": "none"}, 'final_norm is none here, {"kind": "rms_norm"'),
+        ({"sliding_window": [None, 5, 7]}, "sliding_window"),
+    ],
+)  # fmt: skip
+def test_what_no_class_can_say_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        to_hf_config(spec_from({**LAYER, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "llama"),
+        ({"sliding_window": 9}, "mistral"),
+        ({"hidden_size": 30, "head_dim": 8}, "mistral"),  # the class llama insists on whole heads
+        ({"attention_bias": True, "attention_out_bias": False}, "qwen2"),
+        ({"attention_bias": True, "mlp_bias": True}, "llama"),
+        ({"qk_norm": {"over": "head"}, "sliding_window": [None, 9, None]}, "qwen3"),
+        ({"qk_norm": {"over": "all"}, "norm_placement": "post_branch"}, "olmo2"),
+        ({"attention_multiplier": 8**-0.5, "transition": "zero", "initialization": {"kind": "mup"}}, "llama"),
+        ({"norm": {"kind": "rms_norm", "statistic_size": 32}, "head_to_group": [0, 0, 1, 1], "num_key_value_heads": 2}, "llama"),
+        ({"position": {"kind": "rope", "scaling": {"kind": "ntk", "factor": 4.0}}}, "llama"),
+        (
+            {
+                "ffn": {
+                    "kind": "moe",
+                    "num_local_experts": 4,
+                    "num_experts_per_tok": 2,
+                    "router_softmax": "before",
+                    "expert": {"kind": "dense", "intermediate_size": 8},
+                }
+            },
+            "mixtral",
+        ),
+    ],
+)  # fmt: skip
+def test_the_class_is_found(changes: dict[str, Any], kind: str) -> None:
+    spec = spec_from({**LAYER, **changes})
+    found = to_hf_config(spec)
+    assert found["model_type"] == kind
+    assert same_function(spec_from(found)) == same_function(spec)
+
+
+def test_fixed_ntk_scaling_is_another_theta() -> None:
+    scaled = Rope(kind="rope", scaling=NTKScaling(kind="ntk", factor=4.0))
+    plain = Rope(
+        kind="rope", rope_theta=to_hf_config(spec_from({**LAYER, "position": scaled.model_dump()}))["rope_theta"]
+    )
+    torch.testing.assert_close(frequencies(plain, 8)[0], frequencies(scaled, 8)[0], rtol=1e-13, atol=0)
+
+
+def test_a_class_that_was_asked_for_says_what_it_cannot_say() -> None:
+    with pytest.raises(InputError, match="llama cannot express this model: .*sliding_window is 9 here"):
+        to_hf_config(spec_from({**LAYER, "sliding_window": 9}), "llama")
+    with pytest.raises(
+        InputError, match="llama cannot express this model: hidden_size 30 is not a multiple of 4 heads"
+    ):
+        to_hf_config(spec_from({**LAYER, "hidden_size": 30, "head_dim": 8}), "llama")
+    with pytest.raises(InputError, match="model_type: expected one of llama, .*got 'bert'"):
+        to_hf_config(spec_from(LAYER), "bert")

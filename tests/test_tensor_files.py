@@ -322,7 +322,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with pytest.raises(RunError, match="cannot be written: File too large"):
+        with pytest.raises(RunError, match="out: cannot be written: File too large"):
             write_tensors(tmp_path / "out", large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -332,7 +332,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"the disk is full \(free: [\d,]+ bytes\); make room"):
+    with pytest.raises(RunError, match=r"out: the disk is full \(free: [\d,]+ bytes\); make room"):
         write_tensors(tmp_path / "out", large)
     assert list(tmp_path.iterdir()) == []
 

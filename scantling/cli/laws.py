@@ -128,7 +128,7 @@ def predict(
         params: Parameters, as 70e9 or 70B, counted as the law counts them.
         tokens: Training tokens, as 1.4e12 or 1.4T.
         compute: Instead of both: training FLOPs C = 6 N D, spent optimally.
-        at: Another quantity of the law, as width=1024 or heads=8,1. Repeatable.
+        at: Another quantity of the law, as width=1024 or heads=8,1; loss=2.5 alone asks for the task errors there. Repeatable.
         level: Of the interval.
     """
     from scantling import show
@@ -141,6 +141,10 @@ def predict(
     known = ("N", "D", "C", "M")
     wanted = [name for name in (*found.formula.columns, *found.groups) if name not in known]
     given = pairs("--at", at)
+    if set(given) == {"loss"} and found.downstream and params is tokens is compute is None:
+        answer = show.errors_json(found, parse_count(given["loss"], "--at loss"), level)
+        print_json(answer) if json_ else show.prediction(law, answer)
+        return
     for name in given:
         if name not in (*found.formula.columns, *found.groups, *known):
             near = suggest(name, (*found.formula.columns, *found.groups))

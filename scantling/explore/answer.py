@@ -122,8 +122,10 @@ def _headline(answer: dict[str, Any], draft: bool) -> str:
     """The chosen shape, and how firmly it is chosen."""
     best = answer["candidates"][0]
     said = []
-    if (margin := best["margin_percent"]) is not None:
-        said.append(f"the next shape is {significant(margin, 2)}% worse in {words.cost_name(answer['minimize'])}")
+    if best["margin_percent"] is not None:
+        said.append(
+            f"the next shape is {words.margin(best['margin_percent'])} worse in {words.cost_name(answer['minimize'])}"
+        )
     if best["probability_best"] is not None:
         said.append(f"it is the best in {percent(best['probability_best'], 0)} of the law's draws")
     counted = f"{answer['screened']:,} shapes" if answer["screened"] else "real-valued shapes"

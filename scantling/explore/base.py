@@ -1,17 +1,18 @@
 """The plan that the page starts from, and what of it the page can change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from scantling.errors import InputError
 from scantling.hardware import Device, load_hardware
 from scantling.laws.published import load_published, published_names
 from scantling.planning import PlanConfig, load_plan, plan_from
+from scantling.planning.loss import read_law
 from scantling.yamlio import load, loads
-
-PLANNED_LAWS = ("chinchilla", "overtraining", "head-configurations")  # those the planner reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Base:
         mapping: its keys.
         config: the same, validated.
         devices: by key: the shipped table and the plan's own.
-        laws: published laws that the planner reads.
+        least: irreducible loss of the plan's own law.
+        laws: published laws that the planner reads, with their irreducible losses.
     """
 
     name: str | None
@@ -32,7 +34,8 @@ class Base:
     mapping: Mapping[str, Any]
     config: PlanConfig
     devices: Mapping[str, Device]
-    laws: tuple[str, ...]
+    least: float
+    laws: Mapping[str, float]
 
     @property
     def goal(self) -> tuple[str, float]:
@@ -48,7 +51,7 @@ class Base:
     def law(self) -> str:
         """The plan's own law in a few words."""
         law = self.config.law
-        return law if isinstance(law, str) else f"{law.kind} (inline)"
+        return law if isinstance(law, str) else law.kind.replace("_", " ")
 
 
 def read_base(path: Path | None = None, overrides: Sequence[str] = ()) -> Base:
@@ -59,7 +62,7 @@ def read_base(path: Path | None = None, overrides: Sequence[str] = ()) -> Base:
         overrides: `key=value`, as `--set` takes them.
 
     Raises:
-        InputError: every fault of the plan, with its line.
+        InputError: every fault of the plan, with its line; or its law cannot be read.
     """
     if path is None:
         text = (files("scantling") / "templates" / "plan.yaml").read_text(encoding="utf-8")
@@ -74,5 +77,14 @@ def read_base(path: Path | None = None, overrides: Sequence[str] = ()) -> Base:
         mapping=document.value,
         config=config,
         devices=load_hardware(config.folder / table if table else None),
-        laws=tuple(name for name in published_names() if load_published(name).law in PLANNED_LAWS),
+        least=read_law(config).E,
+        laws=dict(_planned_laws()),
     )
+
+
+def _planned_laws() -> Iterator[tuple[str, float]]:
+    for name in published_names():
+        if "N" not in load_published(name).formula.columns:  # it chooses heads at one size
+            continue
+        with suppress(InputError):  # a law of something else than the loss of a shape
+            yield name, read_law(plan_from({"budget": {"training_flops": 1e20}, "law": name})).E

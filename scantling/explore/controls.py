@@ -8,8 +8,6 @@ from typing import Any
 
 from scantling.explore.base import Base
 from scantling.explore.state import BUDGETS, MINIMIZED, NONE, State, current, number_text
-from scantling.laws.published import load_published
-from scantling.planning.loss import read_law
 from scantling.reporting.plans import cost_name, cost_shown
 from scantling.units import format_count
 
@@ -102,8 +100,7 @@ def loss_stops(base: Base) -> dict[str, list[Stop]]:
     steps = [10 ** (low + step * (high - low) / 110) for step in range(111)]
     own = current(base, State()).get("target.loss")
     found = {}
-    for law in ("", *base.laws):
-        least = read_law(base.config).E if law == "" else float(load_published(law).params["E"])
+    for law, least in {"": base.least, **base.laws}.items():
         values = {round(least + step, 3) for step in steps} | ({float(own)} if own and law == "" else set())
         found[law] = [(f"{value:g}", label_of("target.loss", f"{value:g}")) for value in sorted(values)]
     return found

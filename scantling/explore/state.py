@@ -73,7 +73,7 @@ def _readers(base: Base) -> dict[str, Callable[[str, str], str]]:
         "serving.batch": partial(_whole, 2**20),
         "serving.devices": partial(_whole, 2**10),
         "hardware.device": partial(_chosen, (NONE, *base.devices)),
-        "law": partial(_chosen, base.laws),
+        "law": partial(_chosen, tuple(base.laws)),
         "space.real_valued": partial(_chosen, ("true", "false")),
     }
 

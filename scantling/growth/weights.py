@@ -19,7 +19,7 @@ from scantling.model import build_meta
 from scantling.model.init import spreads
 from scantling.tensor_files import Shape, Tensors
 
-DRAWN_AT_ONCE = 2**22  # random numbers in float32, whatever the dtype and size of the tensor
+AT_ONCE = 2**22  # entries worked on in float32, whatever the size of the tensor
 
 Role = Literal["weight", "first", "second"]  # a weight; a moment linear in the gradient; one in its square
 
@@ -134,8 +134,12 @@ class Grown(Tensors):
         factor = {"weight": factor, "first": 1 / factor, "second": factor**-2}[self.role]
         if factor == 1.0:
             return tensor
-        wide = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
-        return (tensor.to(wide) * factor).to(tensor.dtype)
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        scaled = torch.empty_like(tensor)
+        pieces = -(-tensor.numel() // AT_ONCE)
+        for new, old in zip(scaled.chunk(pieces), tensor.chunk(pieces), strict=True):
+            new.copy_(old.to(wide) * factor)
+        return scaled
 
     def _along(self, tensor: Tensor, at: int, axis: Axis, change: Change, name: str) -> Tensor:
         """Old slices where the index says, new ones filled."""
@@ -178,8 +182,7 @@ class Grown(Tensors):
             spread = float(old.float().std()) if old is not None else float(new.shape[-1]) ** -0.5
         digest = hashlib.sha256(f"{self.policy.seed} {self.step.text} {key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        rows = max(1, DRAWN_AT_ONCE // max(1, new[:1].numel()))
-        for part in new.split(rows):
+        for part in new.chunk(-(-new.numel() // AT_ONCE)):
             part.copy_(torch.empty(part.shape).normal_(0.0, spread, generator=generator))
         return new
 

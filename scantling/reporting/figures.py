@@ -259,12 +259,12 @@ def front(
             mode=mode, marker=marker, line={"color": GREY, "width": 1.5}, hovertemplate=hover,
         )  # fmt: skip
     every = (*line, *candidates)
-    figure.update_xaxes(title=escape(x), **_log_axis([point[0] for point in every]))
-    figure.update_yaxes(title=escape(y), **(_log_axis([point[1] for point in every]) if log else {}))
+    figure.update_xaxes(title=escape(x), **log_axis([point[0] for point in every]))
+    figure.update_yaxes(title=escape(y), **(log_axis([point[1] for point in every]) if log else {}))
     return figure
 
 
-def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+def log_axis(values: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis a fifth wider than its values, and no narrower than half an octave."""
     low, high = min(values), max(values)
     pad = max(1.2 if high > 1.5 * low else 1.05, (math.sqrt(2) * low / high) ** 0.5)

@@ -7,7 +7,7 @@ from typing import Any
 from scantling.laws import LawFit, Saving
 from scantling.reporting import figures
 from scantling.reporting.ladder import Ladder
-from scantling.reporting.lawplots import profile_figure, slug
+from scantling.reporting.lawplots import fit_figure, profile_figure, residual_figure, slug
 from scantling.reporting.markup import (
     NONE,
     Html,
@@ -152,8 +152,8 @@ def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
 
 
 def _certainty(name: str, law: LawFit) -> str:
-    """Profiles, fits with a run left out, other defensible fits, and residuals of one law."""
-    body = ""
+    """The rows beside the law, profiles, fits with a run left out, other defensible fits, and residuals of one law."""
+    body = _against_rows(name, law) if law.rows is not None else ""
     if law.profiles:
         rows: list[list[object]] = [
             [
@@ -179,7 +179,8 @@ def _certainty(name: str, law: LawFit) -> str:
              significant(item.optimum, 3), item.refused or ""]
             for item in law.sensitivity
         ]  # fmt: skip
-        header = f"fitted otherwise|rows|{'|'.join(names)}|loss at 10 x the compute|optimal D/N|refused"
+        ahead = "best size" if law.predicts == "N" else "loss"
+        header = f"fitted otherwise|rows|{'|'.join(names)}|{ahead} at 10 x the compute|optimal D/N|refused"
         body += data_table(f"Sensitivity: {name}", "l" + "r" * (len(names) + 3) + "l", header, rows)
     if law.residuals is not None:
         shape = law.residuals
@@ -196,6 +197,23 @@ def _certainty(name: str, law: LawFit) -> str:
             kind="note",
         )
     return body
+
+
+def _against_rows(name: str, law: LawFit) -> str:
+    """The rows and the law in one drawing, and what is left between them."""
+    assert law.rows is not None
+    shown = len(law.rows.measured)
+    what = "best sizes" if law.predicts == "N" else "rows"
+    which = f"{shown} {what}"
+    if shown < law.rows.total:
+        which = f"{shown} of {law.rows.total:,} {what}, evenly spaced in the prediction, and the largest residuals"
+    body = f"<h3>{escape(name)} and its {what}</h3>"
+    body += plot(fit_figure(law), f"fit-{slug(name)}", f"{name}: {which}; lines are the law, where the sizes are few")
+    band = "; dashed, where 95% of single runs should lie" if law.residual_sd is not None else ""
+    own = "; grey, the law's own 95% interval" if law.draws is not None and law.predicts == "loss" else ""
+    return body + plot(
+        residual_figure(law), f"residuals-{slug(name)}", f"{name}: measured over law, less one{own}{band}"
+    )
 
 
 def _parameter(law: LawFit, name: str) -> Html:

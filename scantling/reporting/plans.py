@@ -101,6 +101,11 @@ def amount(key: Any, value: float | None) -> str:
     return significant(value, 2) if key == "loss" or key not in COSTS else cost_shown(key, value)
 
 
+def margin(value: float) -> str:
+    """How much worse the next shape is, in percent."""
+    return "less than 0.001%" if 0 < value < 1e-3 else f"{significant(value, 2)}%"
+
+
 def shape_words(candidate: Candidate) -> str:
     """A candidate in a few words."""
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -108,7 +113,8 @@ def shape_words(candidate: Candidate) -> str:
     if None in sizes:
         return "the first candidate"
     depth, width, heads, kv = (f"{size:.6g}" for size in sizes)
-    return f"{depth} layers \u00d7 {width}, {heads}/{kv} heads"
+    family = f", {candidate['family']}" if candidate.get("family") else ""
+    return f"{depth} layers \u00d7 {width}, {heads}/{kv} heads{family}"
 
 
 def loss_interval(candidate: Candidate) -> str:
@@ -129,9 +135,7 @@ def plan_sentence(plan: Mapping[str, Any]) -> str:
         text += f": predicted loss {best['loss']:.4f} nats per token"
         text += f" (95% interval of the law {ends})" if (ends := loss_interval(best)) else " (no interval)"
     if best.get("margin_percent") is not None:
-        text += (
-            f"; the next shape is {significant(best['margin_percent'], 2)}% worse in {cost_name(plan.get('minimize'))}"
-        )
+        text += f"; the next shape is {margin(best['margin_percent'])} worse in {cost_name(plan.get('minimize'))}"
     if (share := best.get("probability_best")) is not None:
         text += f"; it is the best of the candidates in {percent(share, 0)} of the law's draws"
     if best.get("extrapolated"):
@@ -285,14 +289,14 @@ def candidate_table(plan: Mapping[str, Any]) -> str:
                 *(cost_shown(key, c.get(key)) for key in ("parameters", "tokens")),
                 Html(f"<b>{cost_shown('loss', c.get('loss'))}</b>{interval}"),
                 *(cost_shown(key, value_of(plan, c, key)) for key in costs),
-                known(c.get("margin_percent"), lambda margin: f"{significant(margin, 2)}%"),
+                known(c.get("margin_percent"), margin),
                 *_certainty(c, aim, sure),
                 str(c.get("binding") or NONE),
                 "yes" if c.get("extrapolated") else "no",
             ]
         )
     header = ["rank", "layers \u00d7 width", "N", "tokens", "loss, 95% interval", *(cost_name(key) for key in costs)]
-    header += ["margin to the next", *(["best in, regret"] if sure else []), "bound by", "extrapolates"]
+    header += ["margin to the next", *(["best in, regret"] if sure else []), "bound by", "beyond range"]
     align = "llrrr" + "r" * len(costs) + "r" + ("r" if sure else "") + "ll"
     return data_table("Candidates, best first", align, header, body)
 

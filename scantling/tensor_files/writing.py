@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from scantling.tensor_files.tensors import Tensors
 from scantling.yamlio import show
 
 CHECKSUMS = "checksums.json"
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES, MEBIBYTE = 5 * 10**9, 2**20
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,24 @@ def new_folder(target: Path, bytes_needed: int = 0) -> Iterator[Path]:
 def write_shards(
     folder: Path, tensors: Tensors, max_shard_bytes: int | None = SHARD_BYTES, metadata: Mapping[str, str] | None = None
 ) -> Written:
-    """As `write_tensors`, into a folder that exists, without checksums of its own; None for one file of any size."""
+    """As `write_tensors`, into a folder that exists, such as `new_folder`'s, and without `checksums.json`.
+
+    Args:
+        max_shard_bytes: None for one file of any size.
+
+    Raises:
+        OSError: it cannot be written; `new_folder` makes a sentence of it.
+    """
     shards = _shards(tensors, max_shard_bytes)
     files = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [SINGLE]
     sums: dict[str, str] = {}
-    with explained(folder), ThreadPoolExecutor(1) as hashing:
-        for file, names in zip(files, shards, strict=True):
-            sums[file] = _write_shard(folder / file, tensors, names, metadata or {}, hashing)
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            write_json(folder / INDEX, {"metadata": {"total_size": needed(tensors)}, "weight_map": weight_map})
-            sums[INDEX] = digest(folder / INDEX)
+    for file, names in zip(files, shards, strict=True):
+        sums[file] = _write_shard(folder / file, tensors, names, metadata or {})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": needed(tensors)}, "weight_map": weight_map})
+        sums[INDEX] = digest(folder / INDEX)
     return Written(sums, len(tensors.names), needed(tensors))
 
 
@@ -125,10 +130,8 @@ def _shards(tensors: Tensors, most: int | None) -> list[list[str]]:
     return [sorted(names, key=lambda name: -tensors.dtype(name).itemsize) for names in shards]
 
 
-def _write_shard(
-    path: Path, tensors: Tensors, names: list[str], metadata: Mapping[str, str], hashing: ThreadPoolExecutor
-) -> str:
-    """One file, header first; its SHA-256 is taken by another thread while the same bytes are written."""
+def _write_shard(path: Path, tensors: Tensors, names: list[str], metadata: Mapping[str, str]) -> str:
+    """One file, header first; its SHA-256."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for name in names:
@@ -140,25 +143,22 @@ def _write_shard(
     text += b" " * (-len(text) % 8)
     sha256 = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        _put(memoryview(struct.pack("<Q", len(text)) + text), file, sha256, hashing)
+        _put([memoryview(struct.pack("<Q", len(text)) + text)], file, sha256)
         for name in names:
-            _put_tensor(tensors.pieces(name), file, sha256, hashing)
-            _give_back_memory()
+            _put(tensors.pieces(name), file, sha256)
+            if tensors.size(name) > MEBIBYTE:
+                _give_back_memory()
         os.fsync(file.fileno())
     return sha256.hexdigest()
 
 
-def _put_tensor(pieces: Iterator[memoryview], file: io.FileIO, sha256: Any, hashing: ThreadPoolExecutor) -> None:
-    """A function of its own, so that no name outlives the tensor while the next is made."""
+def _put(pieces: Iterable[memoryview], file: io.FileIO, sha256: Any) -> None:
+    """Hash and write. A function of its own, so that no name outlives the tensor while the next is made."""
     for piece in pieces:
-        _put(piece, file, sha256, hashing)
-
-
-def _put(data: memoryview, file: io.FileIO, sha256: Any, hashing: ThreadPoolExecutor) -> None:
-    hashed = hashing.submit(sha256.update, data)
-    while data:
-        data = data[file.write(data) :]
-    hashed.result()
+        sha256.update(piece)
+        rest = piece
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 def _give_back_memory() -> None:

@@ -1,13 +1,19 @@
 """The page's server: who may ask, what is answered, and what is refused."""
 
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 import scantling.explore.answer as answer_module
+from scantling.cli import main
 from scantling.errors import InputError
 from scantling.explore import Explorer
 from scantling.explore.base import read_base
@@ -204,7 +210,37 @@ def test_a_taken_port_is_said(server: Explorer) -> None:
 def test_a_plan_that_cannot_be_read_is_refused_before_it_is_served(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("budget: {training_flops: 1e20}\nlaw: nowhere.json\n")
     with pytest.raises(InputError, match="cannot be read"):
-        Explorer(read_base(tmp_path / "plan.yaml"), 0)
+        read_base(tmp_path / "plan.yaml")
     (tmp_path / "plan.yaml").write_text("budgte: 1\nlaw: chinchilla-epoch\n")
     with pytest.raises(InputError, match="did you mean 'budget'"):
         read_base(tmp_path / "plan.yaml")
+
+
+def test_the_verb_prints_the_address_serves_and_ends_with_an_interrupt(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "scantling",
+        "explore",
+        str(PLAN),
+        "--port",
+        "0",
+        "--no-browser",
+        "--set",
+        "serving.batch=2",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\n", process.stdout.readline())
+        assert found is not None
+        with urlopen(f"{found[0].strip()}plan.yaml", timeout=60) as reply:
+            assert "batch: 2" in reply.read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verb_refuses_what_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["explore", str(tmp_path / "nowhere.yaml"), "--no-browser"])
+    assert ended.value.code == 2 and "no such file" in capsys.readouterr().err

@@ -112,10 +112,12 @@
       });
     }
     if (bad) {
-      const said = ["No shape to show; greyed below is the last answer", ...answer.faults].map((text) => Object.assign(document.createElement("p"), { textContent: text }));
+      const before = main.classList.contains("empty") ? "" : "; greyed below is the last answer";
+      const said = ["No shape to show" + before, ...answer.faults].map((text) => Object.assign(document.createElement("p"), { textContent: text }));
       find("#fault").replaceChildren(...said);
     } else {
       amounts = answer.amounts;
+      main.classList.remove("empty");
       for (const [name, html] of Object.entries(answer.parts)) {
         const box = document.getElementById(name);
         if (box.innerHTML !== html) box.innerHTML = html;
