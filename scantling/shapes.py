@@ -433,7 +433,9 @@ def _same_order(before: list[int], after: list[int]) -> bool:
 # --- structured feed-forward -------------------------------------------------------------------------------------------
 
 
-def structure_size(kind: str, width: Number, inner: Number, ratio: float, gated: bool, num_blocks: Number = 0) -> Number:
+def structure_size(
+    kind: str, width: Number, inner: Number, ratio: float, gated: bool, num_blocks: Number = 0
+) -> Number:
     """The real-valued rank or block count for a share `ratio` of the weights of a dense FFN; numbers or arrays.
 
     With both linears structured alike, R or B solves structured weights = ratio x dense weights: for an ungated FFN of

@@ -94,7 +94,9 @@ def layers(draw: st.DrawFn, width: int) -> dict[str, Any]:
         "attn_logit_softcapping": draw(st.sampled_from([None, 5.0])),
         "sliding_window": draw(st.sampled_from([None, 1, 3])),
         "qk_norm": draw(
-            st.sampled_from([None, {"over": "head"}, {"over": "head", "statistic_size": 2}, {"over": "all", "eps": 1e-5}])
+            st.sampled_from(
+                [None, {"over": "head"}, {"over": "head", "statistic_size": 2}, {"over": "all", "eps": 1e-5}]
+            )
         ),
         "position": position,
         "norm": draw(st.sampled_from(NORMS)),

@@ -1,4 +1,4 @@
-"""Resampled data for a batch of refits: whole runs drawn again, or noise drawn around the fitted law.
+"""Resampled data for a batch of refits: whole runs drawn again or weighed at random, or noise drawn around the fitted law.
 
 A run with all its checkpoints is one unit. Drawing few runs again often leaves fewer distinct ones than parameters, so
 that small studies get the parametric kind.
@@ -6,16 +6,58 @@ that small studies get the parametric kind.
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr, ndtri, stdtrit
 
 from scantling.laws.forms import Floats
 
 Codes = npt.NDArray[np.intp]
 FEWEST_RUNS = 8  # below this many runs, noise is drawn instead of runs
+ABSOLUTE = 0.5  # share of residuals inside delta below which an objective behaves as absolute deviations
+FEW_PER_PARAMETER = 20  # runs per parameter below which absolute deviations need smooth weights
 
 
 def enough_runs(runs: int, free: int) -> bool:
     """Whether runs can be drawn again: at least 8, and three for each free parameter."""
     return runs >= max(FEWEST_RUNS, 3 * free)
+
+
+def run_weights(
+    runs: Codes, free: int, inside: float, resamples: int, rng: np.random.Generator
+) -> tuple[Floats, float, str]:
+    """(R, n) weights of the rows in each refit, how much wider its draws must be, and the scheme in words.
+
+    Runs are drawn again with replacement (a run counts 0, 1, 2, ... times), except under absolute deviations, or Huber's
+    loss with delta far below the noise, and few runs: the bootstrap of a median is too wide in small samples, because a
+    refit to the two thirds of the runs that were drawn jumps between fewer rows. There each run gets a random weight with the
+    same mean and variance, exponential, and none is left out (Rubin 1981; Jin, Ying and Wei 2001). In linear regression
+    with 4, 7, 12 and 24 runs per parameter, redrawn runs give 90% intervals 1.18, 1.09, 1.07 and 1.05 times as wide as the
+    truth, and random weights 1.03, 1.02, 1.05 and 1.03. For squares it is the other way round: leaving runs out makes up for
+    residuals that are smaller than the noise, and random weights give 0.78 to 0.96.
+
+    Args:
+        runs: (n,) number of each row's run.
+        free: fitted parameters p.
+        inside: expected share of residuals within delta; 1 for squares.
+        resamples: R.
+        rng: source of randomness.
+    """
+    number = int(runs.max()) + 1
+    if inside < ABSOLUTE and number < FEW_PER_PARAMETER * free:
+        how = f"{resamples} refits, each of {number} runs with a random weight"
+        return np.asarray(rng.exponential(size=(resamples, number))[:, runs], dtype=np.float64), 1.0, how
+    wider = small_sample(number, free, inside)
+    return case_counts(runs, resamples, rng), wider, f"{resamples} resamples of {number} runs"
+
+
+def small_sample(runs: int, free: int, inside: float) -> float:
+    """How much wider the draws of few runs must be: sqrt(n / (n - p)) times Student's over the normal 97.5% point.
+
+    Redrawn runs keep the residuals of the fit, which are smaller than the noise by the parameters fitted. Objectives near
+    absolute deviations do not: theirs hardly depend on the size of a residual, so that the excess counts by the share of
+    residuals inside delta. benchmarks/results/laws_coverage.md has the coverage with it.
+    """
+    excess = np.sqrt(runs / (runs - free)) * stdtrit(runs - free, 0.975) / ndtri(0.975) - 1
+    return float(1 + inside * excess)
 
 
 def case_counts(runs: Codes, resamples: int, rng: np.random.Generator) -> Floats:
@@ -34,6 +76,14 @@ def equal_run_weights(runs: Codes) -> Floats:
     """(n,) weights that give every run the same sum, whatever its number of checkpoints, and 1 on average."""
     counts = np.bincount(runs)
     return np.asarray(len(runs) / (len(counts) * counts[runs]), dtype=np.float64)
+
+
+def share_inside(residuals: Floats, delta: float) -> float:
+    """Expected share of residuals within delta, smoothed: a hard count says little when delta is far below the noise."""
+    if not np.isfinite(delta):
+        return 1.0
+    width = 0.9 * max(1.4826 * float(np.median(np.abs(residuals))), 1e-12) * len(residuals) ** -0.2
+    return float(np.mean(ndtr((delta - residuals) / width) - ndtr((-delta - residuals) / width)))
 
 
 def noisy_losses(

@@ -1,24 +1,28 @@
 """What a fit is put through before it is believed: hold-outs, other defensible fits, residuals, and doubts in words."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import numpy as np
-from scipy.stats import kurtosis, linregress, spearmanr
+import numpy.typing as npt
 
 from scantling.errors import InputError
 from scantling.laws.bootstrap import run_correlation
 from scantling.laws.descent import Objective
-from scantling.laws.evidence import HoldOut, Residuals, Sensitivity
+from scantling.laws.evidence import FittedRows, HoldOut, Residuals, Sensitivity
 from scantling.laws.forms import Chinchilla, Floats, compute_optimum, from_overtraining
-from scantling.laws.formula import base_of
-from scantling.laws.newton import EXPONENTS
+from scantling.laws.formula import Formula, base_of
 from scantling.laws.rows import Rows, levels
-from scantling.laws.solving import Problem, Solved, imposed, solve
+from scantling.laws.solving import Problem, Solved, imposed, solve, solve_all
+from scantling.laws.starts import EXPONENTS
+from scantling.laws.statistics import excess_kurtosis, line, rank_correlation
 
+Mask = npt.NDArray[np.bool_]
 HELD_SHARE = 0.1  # the largest sizes (or multipliers), as few as hold at least this share of the rows, are held out
 SHARES = (0.5, 0.7, 0.9)  # of the rows, cheapest first, fitted for the extrapolation table
 FEW = 12  # rows below which the extrapolation table says nothing
+SHOWN, WORST = 400, 20  # rows of a drawing of a large table
 EVERY = 2000  # rows beyond which sensitivity and extrapolation are judged on evenly spaced rows
 
 
@@ -37,70 +41,117 @@ def closed_form(law: str, params: Mapping[str, float]) -> Chinchilla | None:
         return None
 
 
-def hold_outs(rows: Rows, solved: Solved) -> tuple[list[HoldOut], list[str]]:
-    """The largest sizes, and the largest token multipliers, predicted by a fit without them; and why not, where not."""
+def hold_outs(
+    rows: Rows, solved: Solved, *, shares: bool
+) -> tuple[tuple[HoldOut, ...], tuple[HoldOut, ...], list[str]]:
+    """Rows predicted by a fit without them.
+
+    Args:
+        rows: the rows fitted.
+        solved: the fit.
+        shares: also hold out the dearest shares of the rows.
+
+    Returns:
+        The largest sizes and the largest token multipliers; the dearest shares of the rows; and why not, where not.
+    """
+    masks = dict(largest(rows, solved.problem.formula.columns[0]))
+    if len(rows.loss) <= EVERY:
+        cases = masks | (dict(dearest_shares(rows, price(rows, solved))) if shares else {})
+        held = _held_out(rows, solved, cases)
+    else:
+        held = _held_out(rows, solved, masks)
+        if shares:
+            some = thinned(rows)
+            held |= _held_out(some, solved, dict(dearest_shares(some, price(some, solved))))
+    missing = [
+        f"no hold-out of the {rule}: without them {found.faults[0]}"
+        for rule, found in held.items()
+        if rule in masks and isinstance(found, InputError)
+    ]
+    kept = {rule: found for rule, found in held.items() if isinstance(found, HoldOut)}
+    return (
+        tuple(found for rule, found in kept.items() if rule in masks),
+        tuple(found for rule, found in kept.items() if rule not in masks),
+        missing,
+    )
+
+
+def price(rows: Rows, solved: Solved) -> Floats:
+    """(n,) what makes a row dear: its compute, or where none is known how low its predicted loss is."""
+    return rows.C if rows.C is not None else -predict_rows(solved, rows)
+
+
+def largest(rows: Rows, column: str) -> Iterator[tuple[str, Mask]]:
+    """The largest sizes and token multipliers; the largest values of `column` for a law without them."""
     axes = [("largest sizes", rows.columns["N"], 1.05)] if "N" in rows.columns else []
     if rows.M is not None and {"D", "M"} & set(rows.columns):
         axes.append(("largest token multipliers", rows.M, 1.1))
     if not axes:
-        column = solved.problem.formula.columns[0]
         axes.append((f"largest {column}", rows.columns[column], 1.05))
-    found, missing = [], []
     for rule, values, width in axes:
         codes = levels(values, width)
         counts = np.bincount(codes)
         held_levels = 1 + int(np.argmax(np.cumsum(counts[::-1]) >= HELD_SHARE * len(codes)))
-        held = codes >= len(counts) - held_levels
-        try:
-            found.append(_hold_out(rule, rows, held, solved))
-        except InputError as error:
-            missing.append(f"no hold-out of the {rule}: without them {error.faults[0]}")
-    return found, missing
+        yield rule, codes >= len(counts) - held_levels
 
 
-def extrapolation(rows: Rows, solved: Solved) -> list[HoldOut]:
-    """Fits on the cheapest half, 70% and 90% of the rows, each predicting all that is dearer."""
+def dearest_shares(rows: Rows, price: Floats) -> Iterator[tuple[str, Mask]]:
+    """All that is dearer than the cheapest half, 70% and 90% of the rows."""
     if len(rows.loss) < FEW:
-        return []
-    rows = thinned(rows)
-    price = rows.C if rows.C is not None else -predict_rows(solved, rows)
+        return
     order = np.argsort(price, kind="stable")
-    found = []
     for share in SHARES:
         edge = price[order[math.ceil(share * len(order)) - 1]]
         held = price > edge * (1 + 1e-9) if edge > 0 else price > edge
-        if not held.any():
-            continue
-        try:
-            found.append(_hold_out(f"dearest {1 - share:.0%} of the rows", rows, held, solved))
-        except InputError:
-            continue
-    return found
+        if held.any():
+            yield f"dearest {1 - share:.0%} of the rows", held
 
 
-def _hold_out(rule: str, rows: Rows, held: "np.ndarray[tuple[int], np.dtype[np.bool_]]", full: Solved) -> HoldOut:
-    if held.all():
-        raise InputError("nothing is left to fit")
-    cheap, dear = rows.only(~held), rows.only(held)
-    for name, values in cheap.groups.items():
-        gone = set(dear.groups[name]) - set(values)
-        if gone:
-            raise InputError(f"no row of {min(gone)} is left")
-    solved = solve(cheap, full.problem)
-    error = predict_rows(solved, dear) / dear.loss - 1
-    floor = full.estimate.get(full.problem.formula.constant or "", full.problem.fixed.get("E", 0.0))
-    above = dear.loss - floor
+def _held_out(rows: Rows, full: Solved, masks: Mapping[str, Mask]) -> dict[str, HoldOut | InputError]:
+    """Each selection predicted by a fit to the other rows, and by one with equal exponents; all fits in one batch."""
+    found: dict[str, HoldOut | InputError] = {}
+    for rule, held in masks.items():
+        gone = [
+            group
+            for values in rows.groups.values()
+            for group in set(values) - {value for value, out in zip(values, held, strict=True) if not out}
+        ]
+        if held.all():
+            found[rule] = InputError("nothing is left to fit")
+        elif gone:
+            found[rule] = InputError(f"no row of {min(gone)} is left")
     problem = full.problem
-    tied_are = None
+    tied = None
     if len(problem.formula.exponents) > 1 and not problem.tied and not problem.bounds:
-        try:
+        with suppress(InputError):
             fixed, ties, _ = imposed(
-                problem.formula, solved.names, fixed=dict(problem.fixed), ties={}, bounds={}, tied=True
+                problem.formula, full.names, fixed=dict(problem.fixed), ties={}, bounds={}, tied=True
             )
-            tied = solve(cheap, Problem(problem.formula, problem.target, fixed, ties, {}))
-            tied_are = float(np.mean(np.abs(predict_rows(tied, dear) / dear.loss - 1)))
-        except InputError:
-            tied_are = None
+            tied = Problem(problem.formula, problem.target, fixed, ties, {})
+    floor = full.estimate.get(problem.formula.constant or "", problem.fixed.get("E", 0.0))
+    rules = [rule for rule in masks if rule not in found]
+    problems = [problem] if tied is None else [problem, tied]
+    solved = solve_all(rows, [(~masks[rule], one) for one in problems for rule in rules])
+    for i, rule in enumerate(rules):
+        cheap, fitted = solved[i]
+        dear = rows.only(masks[rule])
+        if isinstance(fitted, InputError):
+            found[rule] = fitted
+            continue
+        other = solved[len(rules) + i][1] if tied is not None else None
+        tied_are = None
+        if isinstance(other, Solved):
+            tied_are = float(np.mean(np.abs(predict_rows(other, dear) / dear.loss - 1)))
+        found[rule] = judged(rule, cheap, dear, floor, predict_rows(fitted, dear), tied_are)
+    return {rule: found[rule] for rule in masks}
+
+
+def judged(
+    rule: str, cheap: Rows, dear: Rows, floor: float, predicted: Floats, tied_are: float | None = None
+) -> HoldOut:
+    """The score of a prediction of `dear` from `cheap`; `floor` is E of the fit to all rows."""
+    error = predicted / dear.loss - 1
+    above = dear.loss - floor
     return HoldOut(
         rule=rule,
         n_fit=len(cheap.loss),
@@ -123,20 +174,15 @@ def sensitivity(rows: Rows, solved: Solved, law: str, also: Mapping[str, Rows]) 
         law: its name.
         also: the same runs under other counting conventions, by what they are called.
     """
-    rows = thinned(rows)
+    whole, rows = len(rows.loss) <= EVERY, thinned(rows)
     problem = solved.problem
     now = problem.target
-    top = _dearest(rows)
-    found = [_varied("as fitted", rows, problem, law, top)]
-
-    def objective(name: str, target: Objective) -> None:
+    every = np.ones(len(rows.loss), dtype=np.bool_)
+    cases: dict[str, tuple[Mask, Problem]] = {} if whole else {"as fitted": (every, problem)}
+    targets = {f"Huber, delta {delta:g}": Objective(delta) for delta in (1e-4, 1e-3, 1e-2)}
+    for name, target in (targets | {"least squares of log loss": Objective(math.inf)}).items():
         if target != now:
-            changed = Problem(problem.formula, target, problem.fixed, problem.tied, problem.bounds)
-            found.append(_varied(name, rows, changed, law, top))
-
-    for delta in (1e-4, 1e-3, 1e-2):
-        objective(f"Huber, delta {delta:g}", Objective(delta))
-    objective("least squares of log loss", Objective(math.inf))
+            cases[name] = (every, Problem(problem.formula, target, problem.fixed, problem.tied, problem.bounds))
     if len(problem.formula.exponents) > 1 or any(name in problem.formula.by for name in problem.formula.exponents):
         tie = not problem.tied
         kept = {name: value for name, value in problem.fixed.items() if base_of(name) not in problem.formula.exponents}
@@ -145,20 +191,29 @@ def sensitivity(rows: Rows, solved: Solved, law: str, also: Mapping[str, Rows]) 
                 problem.formula, solved.names, fixed=kept, ties={}, bounds=dict(problem.bounds), tied=tie
             )
             changed = Problem(problem.formula, now, fixed, ties, limits)
-            found.append(_varied("equal exponents" if tie else "free exponents", rows, changed, law, top))
-    for name, keep in _cuts(rows).items():
-        found.append(_varied(name, rows.only(keep), problem, law, top))
-    found += [_varied(name, thinned(other), problem, law, _dearest(other)) for name, other in also.items()]
+            cases["equal exponents" if tie else "free exponents"] = (every, changed)
+    cases |= {name: (keep, problem) for name, keep in cut_offs(rows).items()}
+    top = dearest(rows)
+    found = [_varied("as fitted", rows, solved, law, top)] if whole else []
+    found += [
+        _varied(name, some, one, law, top)
+        for name, (some, one) in zip(cases, solve_all(rows, list(cases.values())), strict=True)
+    ]
+    for name, other in also.items():
+        few = thinned(other)
+        _, one = solve_all(few, [(np.ones(len(few.loss), dtype=np.bool_), problem)])[0]
+        found.append(_varied(name, few, one, law, dearest(other)))
     return tuple(found)
 
 
-def _dearest(rows: Rows) -> Rows:
+def dearest(rows: Rows) -> Rows:
     """The rows of the largest compute; all where compute is unknown."""
     compute = rows.C
     return rows if compute is None else rows.only(np.isclose(compute, compute.max()))
 
 
-def _cuts(rows: Rows) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]:
+def cut_offs(rows: Rows) -> dict[str, Mask]:
+    """The rows that each cut-off of the sensitivity table keeps."""
     cuts = {}
     m = rows.M
     if m is not None:
@@ -176,22 +231,25 @@ def _cuts(rows: Rows) -> dict[str, "np.ndarray[tuple[int], np.dtype[np.bool_]]"]
     return {name: keep for name, keep in cuts.items() if keep.any() and not keep.all()}
 
 
-def _varied(change: str, rows: Rows, problem: Problem, law: str, top: Rows) -> Sensitivity:
+def _varied(change: str, rows: Rows, solved: Solved | InputError, law: str, top: Rows) -> Sensitivity:
     """One line of the table; `top` are the dearest rows, ahead of which it predicts."""
-    try:
-        solved = solve(rows, problem)
-    except InputError as error:
-        return Sensitivity(change, {}, len(rows.loss), None, None, error.faults[0])
+    if isinstance(solved, InputError):
+        return Sensitivity(change, {}, len(rows.loss), None, None, solved.faults[0])
     ahead = optimum = None
     form = closed_form(law, solved.estimate)
     if top.C is not None:
-        grown = {"N": 10**0.5, "D": 10**0.5, "C": 10.0}
-        point = {name: values[:1] * grown.get(name, 1.0) for name, values in top.columns.items()}
-        groups = {name: values[:1] for name, values in top.groups.items()}
-        ahead = float(problem.formula.predict(solved.estimate, point, groups)[0])
+        ahead = loss_ahead(solved.problem.formula, solved.estimate, top)
         if form is not None:
             optimum = float(compute_optimum(form.vector, top.C[0]).M)
     return Sensitivity(change, solved.estimate, len(rows.loss), ahead, optimum)
+
+
+def loss_ahead(formula: Formula, params: Mapping[str, float], top: Rows) -> float:
+    """The prediction at ten times the compute of the dearest rows, N and D both larger by sqrt 10."""
+    grown = {"N": 10**0.5, "D": 10**0.5, "C": 10.0}
+    point = {name: values[:1] * grown.get(name, 1.0) for name, values in top.columns.items()}
+    groups = {name: values[:1] for name, values in top.groups.items()}
+    return float(formula.predict(params, point, groups)[0])
 
 
 def thinned(rows: Rows) -> Rows:
@@ -214,12 +272,11 @@ def residual_structure(rows: Rows, residuals: Floats, prediction: Floats) -> Res
     for name, x in axes.items():
         if np.ptp(x) < 1e-9:
             continue
-        found = spearmanr(x, residuals)
-        rho[name], p[name] = float(found.statistic), float(found.pvalue)
+        rho[name], p[name] = rank_correlation(x, residuals)
         centred = (x - x.mean()) / x.std()
-        line = linregress(centred, residuals)
-        squared = linregress(centred**2 - np.polyval(np.polyfit(centred, centred**2, 1), centred),
-                             residuals - line.intercept - line.slope * centred)  # fmt: skip
+        straight = line(centred, residuals)
+        square = centred**2 - np.polyval(np.polyfit(centred, centred**2, 1), centred)
+        squared = line(square, residuals - straight.intercept - straight.slope * centred)
         if np.isfinite(squared.stderr) and squared.stderr > 0:
             bend[name] = float(squared.slope / squared.stderr)
     worst = np.argsort(-np.abs(residuals))[:3]
@@ -228,8 +285,30 @@ def residual_structure(rows: Rows, residuals: Floats, prediction: Floats) -> Res
         p_values=p,
         curvature=bend,
         worst=tuple((int(i), float(residuals[i])) for i in worst),
-        kurtosis=float(kurtosis(residuals)),
+        kurtosis=excess_kurtosis(residuals),
         run_correlation=run_correlation(residuals, rows.run),
+    )
+
+
+def fitted_rows(
+    columns: Mapping[str, Floats], measured: Floats, predicted: Floats, groups: Mapping[str, list[str]] | None = None
+) -> FittedRows:
+    """The rows of a drawing: all of a usual table, `SHOWN` of a large one and its `WORST` largest residuals."""
+    keep = np.arange(len(measured))
+    if len(keep) > SHOWN + WORST:
+        order = np.argsort(predicted, kind="stable")
+        spaced = order[np.linspace(0, len(order) - 1, SHOWN).astype(np.intp)]
+        keep = np.unique(np.r_[spaced, np.argsort(-np.abs(np.log(measured / predicted)))[:WORST]])
+
+    def short(values: Floats) -> tuple[float, ...]:
+        return tuple(float(f"{value:.7g}") for value in values[keep])
+
+    return FittedRows(
+        columns={name: short(values) for name, values in columns.items()},
+        groups={name: tuple(values[i] for i in keep) for name, values in (groups or {}).items()},
+        measured=short(measured),
+        predicted=short(predicted),
+        total=len(measured),
     )
 
 

@@ -27,6 +27,7 @@ ENDED = {"done", "finished", "completed", "complete", "success", "ok", ""}
 CELLS = 2000  # distinct sizes (or tokens) compared one by one; beyond, in bins of 1%
 LOSS_UNITS = {"nats": 1.0, "bits": math.log(2)}
 HIGHEST_LOSS = 20.0  # nats per token; the logarithm of any vocabulary is far below
+LOWEST_LOSS = 0.01  # nats per token, of the worst run
 SMALLEST = 1000.0  # parameters or tokens; below, a column is in millions or billions
 
 
@@ -54,7 +55,7 @@ def clean(
     _refuse_precisions(table)
     table, more = _ended(table)
     said += more
-    repeated = table.duplicated().to_numpy() if table.index.name == "line" else np.zeros(len(table), dtype=np.bool_)
+    repeated = _repeated(table) if table.index.name == "line" else np.zeros(len(table), dtype=np.bool_)
     if repeated.any():
         named = shorten(np.array(places(table))[repeated].tolist())
         said.append(f"left out, equal to an earlier row in every column: {named}")
@@ -77,6 +78,13 @@ def clean(
             )
             table = table[~gone]
     return table, tuple(said)
+
+
+def _repeated(table: pd.DataFrame) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    try:
+        return table.duplicated().to_numpy()
+    except TypeError:  # cells that hold lists or objects
+        return table.astype(str).duplicated().to_numpy()
 
 
 def diverged(n: Floats, d: Floats, loss: Floats) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
@@ -173,6 +181,11 @@ def _refuse_units(loss: str, params: str, tokens: str, n: Floats, d: Floats, y: 
     if high > HIGHEST_LOSS:
         faults.append(
             f"column {loss!r}: {high:.4g} is more than any loss in nats per token; perplexities need --unit loss=perplexity"
+        )
+    positive = y[np.isfinite(y) & (y > 0)]
+    if len(positive) and positive.max() < LOWEST_LOSS:
+        faults.append(
+            f"column {loss!r}: at most {positive.max():.4g}, less than any loss of language in nats per token; check the column"
         )
     for name, values in ((params, n), (tokens, d)):
         usable = values[np.isfinite(values) & (values > 0)]

@@ -43,10 +43,13 @@ class Design:
         return np.ascontiguousarray(self.terms.reshape(-1, len(self.names)).T)
 
     @cached_property
-    def outer(self) -> Floats:
-        """(K n, P P) products of the coefficients of a term."""
-        products = np.einsum("knp,knq->knpq", self.terms, self.terms)
-        return np.asarray(products.reshape(-1, len(self.names) ** 2), dtype=np.float64)
+    def outer(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Floats]:
+        """Pairs of parameters that meet in a term, first and second, and (K n, pairs) products of their coefficients."""
+        used = [np.flatnonzero(term.any(0)) for term in self.terms]
+        pairs = sorted({(int(p), int(q)) for members in used for p in members for q in members if p <= q})
+        first, second = (np.array([pair[i] for pair in pairs], dtype=np.intp) for i in (0, 1))
+        products = self.terms[:, :, first] * self.terms[:, :, second]
+        return first, second, np.ascontiguousarray(products.reshape(-1, len(pairs)))
 
     @cached_property
     def places(self) -> list[tuple[int, int]]:
@@ -84,7 +87,7 @@ class Objective:
         """delta, for each start where they differ."""
         return self.delta if self.scale is None else self.delta * self.scale
 
-    def only(self, keep: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> "Objective":
+    def only(self, keep: npt.NDArray[np.bool_] | npt.NDArray[np.intp] | slice) -> "Objective":
         """For some of the starts."""
         return self if self.scale is None else Objective(self.delta, self.raw, self.scale[keep])
 
@@ -97,13 +100,15 @@ def refine(
     theta: Floats,
     *,
     steps: int = 100,
+    tolerance: float = 1e-15,
     hold: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[Floats, Floats]:
     """Damped Newton from (S, P) starts, each to its own minimum. `loss`, `weights`: (n,) or (S, n).
 
     A step is taken only when the objective falls. Where the Hessian is not positive definite the iteratively reweighted
-    Gauss-Newton matrix takes its place; damping shrinks by 5 after a success and grows by 6 after a failure. Parameters
-    marked in `hold`, (P,) or (S, P), keep their value.
+    Gauss-Newton matrix takes its place; damping shrinks by 5 after a success and grows by 6 after a failure. A start has
+    arrived when a step promises less than `tolerance` of the objective. Parameters marked in `hold`, (P,) or (S, P), keep
+    their value.
 
     Returns:
         (S, P) parameters and (S,) objectives.
@@ -127,7 +132,7 @@ def refine(
         step = np.linalg.solve(h + scale[:, :, None] * np.eye(h.shape[-1]), -g[..., None])[..., 0]
         step *= np.minimum(1.0, 3.0 / np.maximum(np.abs(step).max(-1, keepdims=True), 1e-300))
         gain = -np.einsum("sp,sp->s", g, step)
-        moving = (gain > 1e-15 * value[live]) & (damping[live] < 1e12)
+        moving = (gain > tolerance * value[live]) & (damping[live] < 1e12)
         live, step = live[moving], step[moving]
         if not len(live):
             break
@@ -184,10 +189,13 @@ class _Point:
         pull = self.weight * self.psi * self.slope
         curve = self.weight * (np.abs(self.residual) <= self.objective.width) * self.slope**2
         curve = curve if self.objective.raw else curve + pull
-        second = (self.shares * pull[:, None, :]).reshape(len(self.value), -1) @ self.design.outer
-        return np.asarray(
-            _weighted_outer(curve, self.jacobian) - second.reshape(curve.shape[0], *[len(self.design.names)] * 2)
-        )
+        first, second, products = self.design.outer
+        met = (self.shares * pull[:, None, :]).reshape(len(self.value), -1) @ products
+        found = _weighted_outer(curve, self.jacobian)
+        found[:, first, second] -= met
+        apart = first != second
+        found[:, second[apart], first[apart]] -= met[:, apart]
+        return found
 
     def gauss(self) -> Floats:
         """(S, P, P) the iteratively reweighted Gauss-Newton matrix, positive semidefinite everywhere."""

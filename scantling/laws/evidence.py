@@ -115,6 +115,25 @@ class Residuals:
 
 
 @dataclass(frozen=True)
+class FittedRows:
+    """The rows behind a law, for a drawing: as many as tell the story.
+
+    Attributes:
+        columns: values of the law's columns, in the order of the rows.
+        groups: the group of each row, for each grouping column.
+        measured: losses (best sizes, for approaches 1 and 2).
+        predicted: what the law gives there.
+        total: rows fitted; of a large table those kept are evenly spaced in the prediction, and the largest residuals.
+    """
+
+    columns: Mapping[str, tuple[float, ...]]
+    groups: Mapping[str, tuple[str, ...]]
+    measured: tuple[float, ...]
+    predicted: tuple[float, ...]
+    total: int
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Evidence that the minimum is one.
 

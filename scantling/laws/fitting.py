@@ -11,7 +11,7 @@ from scantling.errors import InputError, suggest
 from scantling.laws.bootstrap import residual_sd
 from scantling.laws.checks import (
     doubts,
-    extrapolation,
+    fitted_rows,
     hold_outs,
     residual_doubts,
     residual_structure,
@@ -111,10 +111,12 @@ def fit(
             tokens=tokens,
             weights=weights,
             clusters=clusters,
+            also=dict(also or {}),
             conventions=dict(conventions or {}),
             excluded=excluded,
             resamples=resamples,
             seed=seed,
+            checks=checks,
         )
     if law in FRONTIERS:
         return fit_frontier(
@@ -124,10 +126,12 @@ def fit(
             params=params,
             tokens=tokens,
             clusters=clusters,
+            also=dict(also or {}),
             conventions=dict(conventions or {}),
             excluded=excluded,
             resamples=resamples,
             seed=seed,
+            checks=checks,
         )
     wanted = {"N": params, "D": tokens} | dict(columns or {})
     known = (*formula.columns, *formula.by.values(), "N", "D")
@@ -153,7 +157,7 @@ def fit(
     residuals = np.log(rows.loss) - solved.log_prediction
     free, n_runs = len(solved.layout.free), int(rows.run.max()) + 1
     draws, how, lost = bootstrap(solved, rows, residuals, resamples=resamples, seed=seed)
-    holdouts, missing = hold_outs(rows, solved)
+    holdouts, dearest, missing = hold_outs(rows, solved, shares=checks)
     shape = residual_structure(rows, residuals, np.exp(solved.log_prediction)) if checks else None
     curves = profiles(solved, rows, residuals) if checks else ()
     without = left_out(solved, rows, residuals) if checks else np.empty((0, len(names)))
@@ -202,7 +206,7 @@ def fit(
             condition=solved.design.condition(solved.minimum.theta, rows.weight),
             basins=solved.minimum.basins,
         ),
-        holdouts=tuple(holdouts),
+        holdouts=holdouts,
         fingerprint=rows.fingerprint,
         warnings=(
             *excluded,
@@ -225,7 +229,8 @@ def fit(
         },
         residuals=shape,
         sensitivity=sensitivity(rows, solved, law, others) if checks else (),
-        extrapolation=tuple(extrapolation(rows, solved)) if checks else (),
+        extrapolation=dearest,
+        rows=fitted_rows(rows.columns, rows.loss, np.exp(solved.log_prediction), rows.groups),
     )
 
 

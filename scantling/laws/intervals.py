@@ -3,24 +3,30 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import chi2, norm, t
+import numpy.typing as npt
+from scipy.special import chdtri
 
 from scantling.laws.bootstrap import (
     case_counts,
     enough_runs,
     independent_rows,
     noisy_losses,
+    run_weights,
+    share_inside,
 )
-from scantling.laws.descent import Objective, curvature, refine
+from scantling.laws.descent import Design, Objective, curvature, refine
 from scantling.laws.forms import Floats
 from scantling.laws.formula import base_of
-from scantling.laws.newton import nudge, resample
+from scantling.laws.newton import in_pieces, nudge, resample
 from scantling.laws.rows import Rows
 from scantling.laws.solving import Solved, place
 
 SMOOTH = 0.05  # absolute deviations are resampled as Huber's loss with this share of the median residual
 LARGE = 20_000  # rows beyond which a resample is one Newton step
-STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0)  # where a profile is taken, in standard errors
+NEAR = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # where a profile is taken, in standard errors
+FAR = (6.0, 10.0, 20.0)  # where it is followed on a side that has not yet risen to
+FAR_BELOW = 6.63  # chi-square's 99% point
+CLOSE = 1e-10  # of the objective: how near a profile's fits come to their minimum
 MOST_RUNS = 400  # runs that are left out one by one with a full refit; beyond, with one Newton step
 
 
@@ -42,7 +48,7 @@ class Profile:
         """Where the statistic crosses its quantile on either side; None where it never does in the range followed."""
         x, y = np.array(self.values), np.array(self.statistic)
         low = int(np.argmin(y))
-        limit = float(chi2.ppf(level, 1))
+        limit = float(chdtri(1, 1 - level))
         ends: list[float | None] = []
         for side in (slice(low, None, -1), slice(low, None)):
             xs, ys = x[side], np.sqrt(np.maximum.accumulate(np.maximum(y[side], 0.0)))
@@ -68,10 +74,10 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     start = solved.minimum.theta
     if enough_runs(n_runs, free):
-        how = f"{resamples} resamples of {n_runs} runs"
+        inside = share_inside(_kept(solved, rows, residuals), target.delta)
         if n > LARGE:
-            how += ", one Newton step each"
-            inside, pieces = share_inside(solved, rows, residuals, target), []
+            how = f"{resamples} resamples of {n_runs} runs, one Newton step each"
+            pieces = []
             for part in _parts(resamples, n):
                 change = rows.weight * (case_counts(rows.run, part, rng) - 1)
                 pieces.append(
@@ -79,9 +85,8 @@ def bootstrap(
                 )
             theta = np.concatenate(pieces)
         else:
-            weights = rows.weight * case_counts(rows.run, resamples, rng)
-            wider = small_sample(n_runs, free, share_inside(solved, rows, residuals, target))
-            theta = _resolved(solved, rows, rows.loss[None], weights, target, wider)
+            weights, wider, how = run_weights(rows.run, free, inside, resamples, rng)
+            theta = _resolved(solved, rows, rows.loss[None], rows.weight * weights, target, wider)
     else:
         how = (
             f"parametric: {resamples} draws of noise around the fitted law, because {n_runs} runs are few to draw again"
@@ -112,17 +117,6 @@ def smoothed(target: Objective, residuals: Floats) -> Objective:
 def _parts(resamples: int, rows: int) -> list[int]:
     size = max(1, 20_000_000 // rows)
     return [min(size, resamples - start) for start in range(0, resamples, size)]
-
-
-def small_sample(runs: int, free: int, inside: float) -> float:
-    """How much wider the draws of few runs must be: sqrt(n / (n - p)) times Student's over the normal 97.5% point.
-
-    Redrawn runs keep the residuals of the fit, which are smaller than the noise by the parameters fitted. Objectives near
-    absolute deviations do not: theirs hardly depend on the size of a residual, so that the excess counts by the share of
-    residuals inside delta. benchmarks/results/laws_coverage.md has the coverage with it.
-    """
-    excess = np.sqrt(runs / (runs - free)) * t.ppf(0.975, runs - free) / norm.ppf(0.975) - 1
-    return float(1 + inside * excess)
 
 
 def _resolved(
@@ -180,28 +174,52 @@ def profiles(solved: Solved, rows: Rows, residuals: Floats) -> tuple[Profile, ..
     target = smoothed(solved.problem.target, residuals)
     _, design = place(rows, solved.actual, centre=False)
     best, lowest = refine(design, rows.loss, rows.weight, target, _uncentred(solved, solved.minimum.theta[None]))
-    scale = 2 * _information(solved, rows, residuals, target, free)
-    inside = share_inside(solved, rows, residuals, target)
+    kept = _kept(solved, rows, residuals)
+    scale = 2 * information(kept, target, independent_rows(residuals, rows.run) - free)
+    inside = share_inside(kept, target.delta)
     spread = (
-        _inverse(curvature(design, rows.loss, rows.weight, Objective(np.inf, target.raw), best)) / inside / (scale / 2)
+        inverse(curvature(design, rows.loss, rows.weight, Objective(np.inf, target.raw), best)) / inside / (scale / 2)
     )
     deviation = np.sqrt(np.maximum(np.diag(spread), 1e-24))
-    steps = np.concatenate([-np.array(STEPS)[::-1], STEPS])
-    starts = best + steps[None, :, None] * (spread / deviation[:, None])[:, None, :]
-    starts = starts.reshape(-1, free)
-    hold = np.repeat(np.eye(free, dtype=np.bool_), len(steps), axis=0)
-    _, level = refine(design, rows.loss, rows.weight, target, starts, hold=hold)
-    values = starts[hold].reshape(free, -1)
-    excess = np.maximum(scale * (level.reshape(free, -1) - lowest), 0.0)
+    stride = spread / deviation[:, None]
+    points = _held_at(design, rows, target, np.repeat(np.arange(free), 2 * len(NEAR)),
+                      np.tile(np.r_[-np.array(NEAR), NEAR], free), best, stride)  # fmt: skip
+    ends = [(i, sign) for i in range(free) for sign in (-1, 1)
+            if scale * (points[(i, sign * NEAR[-1])][1] - lowest) < FAR_BELOW]  # fmt: skip
+    if ends:
+        held, signs = (np.repeat([end[k] for end in ends], len(FAR)) for k in (0, 1))
+        points |= _held_at(design, rows, target, held, signs * np.tile(FAR, len(ends)), best, stride)
     found = []
     for i, name in enumerate(solved.layout.free):
-        shown = np.insert(values[i], len(STEPS), best[0, i])
+        own = sorted((value, level) for (held_one, _), (value, level) in points.items() if held_one == i)
+        own = sorted([*own, (float(best[0, i]), float(lowest[0]))])
+        shown = np.array([value for value, _ in own])
         shown = shown if solved.design.exponent[i] else np.exp(np.clip(shown, -700, 700))
-        found.append(Profile(name, tuple(map(float, shown)), tuple(map(float, np.insert(excess[i], len(STEPS), 0.0)))))
+        excess = np.maximum(scale * (np.array([level for _, level in own]) - lowest), 0.0)
+        found.append(Profile(name, tuple(map(float, shown)), tuple(map(float, excess))))
     return tuple(found)
 
 
-def _inverse(matrix: Floats) -> Floats:
+def _held_at(
+    design: Design,
+    rows: Rows,
+    target: Objective,
+    held: npt.NDArray[np.intp],
+    steps: Floats,
+    best: Floats,
+    stride: Floats,
+) -> dict[tuple[int, float], tuple[float, float]]:
+    """For each parameter held and step in standard errors: its value there, and the objective's minimum over the others."""
+    starts = best + steps[:, None] * stride[held]
+    hold = held[:, None] == np.arange(best.shape[1])
+    _, level = in_pieces(design, rows.loss, rows.weight, target, starts, CLOSE, hold)
+    return {
+        (int(i), float(step)): (float(value), float(found))
+        for i, step, value, found in zip(held, steps, starts[hold], level, strict=True)
+    }
+
+
+def inverse(matrix: Floats) -> Floats:
     """The inverse of a positive definite matrix, scaled to ones on the diagonal for the sake of its accuracy."""
     size = np.sqrt(np.maximum(np.diag(matrix), 1e-300))
     return np.asarray(
@@ -209,21 +227,21 @@ def _inverse(matrix: Floats) -> Floats:
     )
 
 
-def share_inside(solved: Solved, rows: Rows, residuals: Floats, target: Objective) -> float:
-    """Expected share of residuals within delta, smoothed: a hard count says little when delta is far below the noise."""
-    if not np.isfinite(target.delta):
-        return 1.0
-    r = rows.loss - np.exp(solved.log_prediction) if target.raw else residuals
-    width = 0.9 * max(1.4826 * float(np.median(np.abs(r))), 1e-12) * len(r) ** -0.2
-    return float(np.mean(norm.cdf((target.delta - r) / width) - norm.cdf((-target.delta - r) / width)))
+def _kept(solved: Solved, rows: Rows, residuals: Floats) -> Floats:
+    """(n,) what the objective is a sum of: log residuals, or raw ones."""
+    return rows.loss - np.exp(solved.log_prediction) if solved.problem.target.raw else residuals
 
 
-def _information(solved: Solved, rows: Rows, residuals: Floats, target: Objective, free: int) -> float:
-    """E[psi'] / E[psi^2] x (n_eff - p) / n, the factor that makes the objective a log-likelihood."""
-    r = rows.loss - np.exp(solved.log_prediction) if target.raw else residuals
-    psi = np.clip(r, -target.delta, target.delta)
-    worth = max(independent_rows(residuals, rows.run) - free, 1.0) / len(r)
-    return share_inside(solved, rows, residuals, target) / max(float(np.mean(psi**2)), 1e-300) * worth
+def information(kept: Floats, target: Objective, worth: float) -> float:
+    """E[psi'] / E[psi^2] x worth / n, the factor that makes the objective a log-likelihood.
+
+    Args:
+        kept: (n,) residuals that the objective sums.
+        target: the objective.
+        worth: what the rows are worth, n_eff - p.
+    """
+    psi = np.clip(kept, -target.delta, target.delta)
+    return share_inside(kept, target.delta) / max(float(np.mean(psi**2)), 1e-300) * max(worth, 1.0) / len(kept)
 
 
 def left_out(solved: Solved, rows: Rows, residuals: Floats) -> Floats:
@@ -234,4 +252,4 @@ def left_out(solved: Solved, rows: Rows, residuals: Floats) -> Floats:
     if runs > MOST_RUNS or len(rows.loss) > LARGE:
         return np.empty((0, len(solved.names)))
     gone = rows.weight * (np.arange(runs)[:, None] != rows.run)
-    return solved.params(resample(solved.design, rows.loss, gone, target, start))
+    return solved.params(resample(solved.design, rows.loss, gone, target, start, again=False))

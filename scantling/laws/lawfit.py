@@ -15,6 +15,7 @@ from scantling.errors import InputError, suggest
 from scantling.laws.evidence import (
     Certificate,
     Estimate,
+    FittedRows,
     HoldOut,
     OptimumEstimate,
     Prediction,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "scantling.law/1"
+NEARLY = 1.01  # a size is outside the fitted range when it is so many times beyond: sizes are quoted rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class LawFit:
         certificate: evidence of convergence.
         holdouts: errors on held-out rows.
         downstream: laws from loss to task error that belong to this law, by name.
+        downstream_draws: (R, 3) bootstrap estimates of epsilon, k, gamma of those laws, by name, where there are any.
         fingerprint: SHA-256 of the rows used, independent of their order.
         warnings: what a reader must know before using the law.
         groups: the values of each grouping column of the law.
@@ -66,6 +69,7 @@ class LawFit:
         residuals: what the residuals look like.
         sensitivity: the same rows fitted in other ways.
         extrapolation: hold-outs at several shares of the compute: fit the cheap part, predict the dear part.
+        rows: the rows fitted, for a drawing; of a published law None.
         predicts: what the equation gives: "loss", or "N" or "D" for the optimum over compute (approaches 1 and 2).
     """
 
@@ -88,6 +92,7 @@ class LawFit:
     certificate: Certificate | None = None
     holdouts: tuple[HoldOut, ...] = ()
     downstream: Mapping[str, Downstream] = field(default_factory=dict)
+    downstream_draws: Mapping[str, Floats] = field(default_factory=dict)
     fingerprint: str | None = None
     warnings: tuple[str, ...] = ()
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -100,6 +105,7 @@ class LawFit:
     residuals: Residuals | None = None
     sensitivity: tuple[Sensitivity, ...] = ()
     extrapolation: tuple[HoldOut, ...] = ()
+    rows: FittedRows | None = None
     predicts: str = "loss"
 
     @property
@@ -228,6 +234,52 @@ class LawFit:
         )
         return self._predict(values, groups, level, self._beyond(given))
 
+    def predict_error(self, name: str, N: npt.ArrayLike, D: npt.ArrayLike, level: float = 0.95) -> Prediction:
+        """The task error at N parameters and D tokens: the law of loss chained to the law from loss to that error.
+
+        The interval carries the uncertainty of both laws where both have draws, and of one where only that one has.
+
+        Raises:
+            InputError: no such error law, or as `predict`.
+        """
+        n, d = np.broadcast_arrays(_positive("N", N), _positive("D", D))
+        found = self.predict(n, d, level)
+        losses = None
+        if self.draws is not None:
+            given = {"N": n, "D": d, "M": d / n, "C": 6 * n * d}
+            flat = {column: given[column].reshape(-1) for column in self.formula.columns}
+            draws = {key: self.draws[:, i : i + 1] for i, key in enumerate(self.params)}
+            losses = self.formula.predict(draws, flat, {}).reshape(-1, *n.shape)
+        answer = self._error(name, found.value, losses, level)
+        return replace(answer, notes=(*self.outside(n, d), *answer.notes))
+
+    def error_at_loss(self, name: str, loss: npt.ArrayLike, level: float = 0.95) -> Prediction:
+        """The task error at a measured loss, with the uncertainty of the law from loss to error.
+
+        Raises:
+            InputError: no such error law, or `loss` or `level` is not usable.
+        """
+        return self._error(name, _positive("loss", loss), None, level)
+
+    def _error(self, name: str, loss: Floats, losses: Floats | None, level: float) -> Prediction:
+        if name not in self.downstream:
+            raise InputError(f"{name}: the law has no such error{suggest(name, list(self.downstream))}")
+        if not 0 < level < 1:
+            raise InputError(f"level: expected a number between 0 and 1 such as 0.95, got {level}")
+        law, own = self.downstream[name], self.downstream_draws.get(name)
+        value = law.error(loss)
+        if own is None and losses is None:
+            return Prediction(value, None, None, (f"{name}: no interval, its source gives no joint uncertainty",))
+        notes = () if own is not None else (f"{name}: the interval is that of the loss alone",)
+        if own is None:
+            spread = law.error(losses if losses is not None else loss)
+        else:
+            count = len(own) if losses is None else min(len(own), len(losses))
+            epsilon, k, gamma = (column[:count].reshape(-1, *[1] * np.ndim(loss)) for column in own.T)
+            spread = epsilon - k * np.exp(-gamma * (loss if losses is None else losses[:count]))
+        low, high = _percentiles(spread, level)
+        return Prediction(value, low, high, notes)
+
     def _predict(
         self, columns: Mapping[str, Floats], groups: Mapping[str, str], level: float, notes: tuple[str, ...]
     ) -> Prediction:
@@ -279,12 +331,12 @@ class LawFit:
             if name not in self.ranges:
                 continue
             low, high = self.ranges[name]
-            if np.max(values) > high * (1 + 1e-9):
+            if np.max(values) > high * NEARLY:
                 notes.append(
                     f"{prefix}{name} = {np.max(values):.4g} is {np.max(values) / high:.3g} times above the fitted "
                     f"range {low:.4g} to {high:.4g}"
                 )
-            if np.min(values) < low * (1 - 1e-9):
+            if np.min(values) < low / NEARLY:
                 notes.append(
                     f"{prefix}{name} = {np.min(values):.4g} is {low / np.min(values):.3g} times below the fitted "
                     f"range {low:.4g} to {high:.4g}"
@@ -342,11 +394,16 @@ class LawFit:
             if given.get("residuals") is not None:
                 shape = _record(Residuals, f"{where}, residuals", given["residuals"])
                 given["residuals"] = replace(shape, worst=tuple((int(i), float(r)) for i, r in shape.worst))
+            if given.get("rows") is not None:
+                given["rows"] = _fitted_rows(f"{where}, rows", given["rows"])
             for key, kind in (("holdouts", HoldOut), ("extrapolation", HoldOut), ("sensitivity", Sensitivity)):
                 given[key] = tuple(_record(kind, f"{where}, {key}", item) for item in given.get(key, ()))
             given["downstream"] = {
                 name: _record(Downstream, f"{where}, downstream {name}", law)
                 for name, law in given.get("downstream", {}).items()
+            }
+            given["downstream_draws"] = {
+                name: as_floats(values).reshape(-1, 3) for name, values in given.get("downstream_draws", {}).items()
             }
             given["at_bound"] = tuple(map(str, given.get("at_bound", ())))
             given["warnings"] = tuple(str(sentence) for sentence in given.get("warnings", ()))
@@ -371,6 +428,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _fitted_rows(where: str, plain: Mapping[str, Any]) -> FittedRows:
+    found = _record(FittedRows, where, plain)
+    every = (*found.columns.values(), *found.groups.values(), found.measured, found.predicted)
+    if len({len(values) for values in every}) != 1:
+        raise InputError(f"{where}: expected columns of one length; fit the law again")
+    return FittedRows(
+        columns={name: tuple(map(float, values)) for name, values in found.columns.items()},
+        groups={name: tuple(map(str, values)) for name, values in found.groups.items()},
+        measured=tuple(map(float, found.measured)),
+        predicted=tuple(map(float, found.predicted)),
+        total=int(found.total),
+    )
 
 
 def _record(kind: type[Any], where: str, plain: Mapping[str, Any]) -> Any:

@@ -1,9 +1,9 @@
-"""The minimiser behind every fit: a grid of starts with the linear part solved, each refined; resamples in one batch.
+"""The minimiser behind every fit: spread-out starts refined in one batch, for one problem or many, and resamples likewise.
 
-Starts come from a grid of exponents with the prefactors solved by non-negative least squares (variable projection); each is
-refined by damped Newton steps (`descent`) while Huber's delta is annealed from 0.1 down to its value.
+Starts (`starts`) are refined by damped Newton steps (`descent`) while Huber's delta is annealed from 0.1 down to its value.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from scantling.laws.descent import Design, Objective, derivatives, log_sum, refine
 from scantling.laws.forms import Floats
+from scantling.laws.starts import starting_points
 
-EXPONENTS = (0.05, 1.2)  # the range of exponents searched for starts
-CELLS = 400_000  # numbers held at once per array when a batch is cut into pieces (what the processor's cache holds)
+CELLS = 100_000  # numbers held at once per array when a batch is cut into pieces (what the processor's cache holds)
 THIN = 4000  # rows on which the starts of a large table are chosen and refined
 SCREEN = 1000  # rows on which the grid of exponents is compared
-GRID = 576  # pairs (or triples, ...) of exponents tried for starts
+LOOSE = 1e-10  # tolerance on the way to the last delta
 ANNEAL = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
@@ -44,42 +44,133 @@ class Minimum:
 def minimise(
     design: Design, loss: Floats, weights: Floats, objective: Objective, *, guesses: Floats | None = None
 ) -> Minimum:
-    """The global minimum as far as a grid of starts can tell.
+    """The global minimum as far as a grid of starts can tell; `weights` (n,), `guesses` (S, P) further starts."""
+    return minimise_all(design, loss, weights[None], [objective], guesses=guesses)[0]
 
-    Tables of more than `THIN` rows choose and refine their starts on evenly spaced rows, and only the distinct minima
-    found there are refined on all of them.
+
+def minimise_all(
+    design: Design,
+    loss: Floats,
+    weights: Floats,
+    objectives: Sequence[Objective],
+    *,
+    guesses: Floats | None = None,
+) -> list[Minimum]:
+    """The global minimum of V neighbouring problems, each from starts of its own, all refined in one batch.
+
+    Starts that come to one point before delta has reached its value go on as one, and count as many. Tables of more than
+    `THIN` rows choose and refine their starts on evenly spaced rows, and only the two best minima found there are refined
+    on all of them.
 
     Args:
-        guesses: (S, P) further starts, such as the minimum of a neighbouring problem.
+        design: the terms, the same for all.
+        loss: (n,) nats per token.
+        weights: (V, n); zero for rows that a problem leaves out.
+        objectives: V of them, all of log or all of raw residuals.
+        guesses: (S, P) further starts for each, such as the minimum of a neighbouring problem.
     """
     keep = _thinned(len(loss))
     some = design.rows(keep)
     few = keep[:: max(1, len(keep) // SCREEN)]
-    theta = starting_points(design.rows(few), loss[few], weights[few])
+    starts = starting_points(design.rows(few), loss[few], weights[:, few])
     if guesses is not None:
-        theta = np.concatenate([theta, guesses])
-    stages = [Objective(d, objective.raw) for d in ANNEAL if d > objective.delta] + [objective]
-    for stage in stages:
-        theta, value = refine(some, loss[keep], weights[keep], stage, theta)
-    count = np.ones(len(value), dtype=np.intp)
+        starts = [np.concatenate([own, guesses]) for own in starts]
+    batch = _Batch(
+        np.repeat(np.arange(len(starts)), [len(own) for own in starts]),
+        np.concatenate(starts),
+        np.ones(sum(map(len, starts)), dtype=np.intp),
+        np.full(sum(map(len, starts)), np.inf),
+    )
+    deltas = [[d for d in ANNEAL if d > objective.delta] + [objective.delta] for objective in objectives]
+    for stage in range(max(map(len, deltas))):
+        now = [own[stage] if stage < len(own) else None for own in deltas]
+        batch = batch.refined(some, loss[keep], weights[:, keep], now, objectives[0].raw, LOOSE)
     if len(keep) < len(loss):
-        found = _basins(value, np.sum(weights[keep]))
-        count = np.array([number for _, number, _ in found])
-        theta = theta[[index for _, _, index in found]][:2]
-        count = np.array([count[0], count[1:].sum()])[: len(theta)]
-        soft = [Objective(d, objective.raw) for d in (10 * objective.delta,) if np.isfinite(d)]
-        for stage in (*soft, objective):
-            theta, value = refine(design, loss, weights, stage, theta)
-    best = int(np.argmin(value))
-    _, gradient, _, _, size = derivatives(design, loss, weights, objective, theta[best : best + 1])
-    near = value <= value[best] * (1 + 1e-7) + 1e-24 * np.sum(weights)
+        batch = batch.best(2)
+        soft = [10 * objective.delta if np.isfinite(objective.delta) else None for objective in objectives]
+        batch = batch.refined(design, loss, weights, soft, objectives[0].raw, LOOSE)
+    last = [objective.delta for objective in objectives]
+    batch = batch.refined(design, loss, weights, last, objectives[0].raw)
+    return [
+        _certified(design, loss, weights[v], objective, batch.only(batch.case == v))
+        for v, objective in enumerate(objectives)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Starts on their way: (S,) the problem each belongs to, (S, P) where it is, how many it stands for, (S,) objectives."""
+
+    case: npt.NDArray[np.intp]
+    theta: Floats
+    count: npt.NDArray[np.intp]
+    value: Floats
+
+    def only(self, keep: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> "_Batch":
+        """Some of them."""
+        return _Batch(self.case[keep], self.theta[keep], self.count[keep], self.value[keep])
+
+    def refined(
+        self,
+        design: Design,
+        loss: Floats,
+        weights: Floats,
+        deltas: Sequence[float | None],
+        raw: bool,
+        tolerance: float = 1e-15,
+    ) -> "_Batch":
+        """Each problem's starts refined at its delta; problems without one stay as they are."""
+        moving = np.array([delta is not None for delta in deltas])[self.case]
+        theta, value, case = self.theta.copy(), self.value.copy(), self.case[moving]
+        if len(case):
+            width = np.array([np.nan if delta is None else delta for delta in deltas])[case]
+            same = bool((width == width[0]).all())
+            target = Objective(float(width[0]), raw) if same else Objective(1.0, raw, width[:, None])
+            w = weights[0] if len(weights) == 1 else weights[case]
+            theta[moving], value[moving] = in_pieces(design, loss, w, target, theta[moving], tolerance)
+        return _Batch(self.case, theta, self.count, value)._merged()
+
+    def _merged(self) -> "_Batch":
+        """Starts of one problem that came to one point become one."""
+        order = np.lexsort((self.value, self.case))
+        kept: list[int] = []
+        count = self.count.copy()
+        for i in order:
+            last = kept[-1] if kept else -1
+            if (
+                last >= 0
+                and self.case[i] == self.case[last]
+                and self.value[i] <= self.value[last] * (1 + 1e-7)
+                and np.abs(self.theta[i] - self.theta[last]).max() < 1e-4
+            ):
+                count[last] += count[i]
+            else:
+                kept.append(int(i))
+        return _Batch(self.case, self.theta, count, self.value).only(np.array(kept))
+
+    def best(self, number: int) -> "_Batch":
+        """The best few of each problem; the others are counted with the last of them."""
+        kept, count = [], self.count.copy()
+        for v in range(int(self.case.max()) + 1):
+            own = np.flatnonzero(self.case == v)
+            own = own[np.argsort(self.value[own], kind="stable")]
+            count[own[:number][-1]] += count[own[number:]].sum()
+            kept.extend(own[:number].tolist())
+        return _Batch(self.case, self.theta, count, self.value).only(np.array(kept))
+
+
+def _certified(design: Design, loss: Floats, weights: Floats, objective: Objective, ends: _Batch) -> Minimum:
+    """The best end of one problem, with the evidence."""
+    best = int(np.argmin(ends.value))
+    _, gradient, _, _, size = derivatives(design, loss, weights, objective, ends.theta[best : best + 1])
+    near = ends.value <= ends.value[best] * (1 + 1e-7) + 1e-24 * np.sum(weights)
     return Minimum(
-        theta=theta[best],
-        value=float(value[best]),
+        theta=ends.theta[best],
+        value=float(ends.value[best]),
         gradient=float(np.max(np.abs(gradient[0]) / size[0])),
-        starts=int(count.sum()),
-        agreeing=int(count[near].sum()),
-        basins=tuple((level, int(number)) for level, number, _ in _basins(value, np.sum(weights), count)),
+        starts=int(ends.count.sum()),
+        agreeing=int(ends.count[near].sum()),
+        basins=_basins(ends.value, ends.count, float(np.sum(weights))),
     )
 
 
@@ -88,39 +179,53 @@ def _thinned(rows: int) -> npt.NDArray[np.intp]:
     return np.arange(rows) if rows <= 2 * THIN else np.unique(np.linspace(0, rows - 1, THIN).astype(np.intp))
 
 
-def _basins(value: Floats, weight: float, count: npt.NDArray[np.intp] | None = None) -> list[tuple[float, int, int]]:
-    """Objective, number of starts and one of them, for each distinct minimum (1e-6 relative apart), best first."""
-    number = np.ones(len(value), dtype=np.intp) if count is None else count
-    found: list[tuple[float, int, int]] = []
+def _basins(value: Floats, count: npt.NDArray[np.intp], weight: float) -> tuple[tuple[float, int], ...]:
+    """Objective and number of starts of each distinct minimum (1e-6 relative apart), best first."""
+    found: list[tuple[float, int]] = []
     for i in np.argsort(value, kind="stable"):
         if found and value[i] <= found[-1][0] * (1 + 1e-6) + 1e-24 * weight:
-            level, members, index = found[-1]
-            found[-1] = (level, members + int(number[i]), index)
+            found[-1] = (found[-1][0], found[-1][1] + int(count[i]))
         else:
-            found.append((float(value[i]), int(number[i]), int(i)))
-    return found
+            found.append((float(value[i]), int(count[i])))
+    return tuple(found)
 
 
-def resample(design: Design, loss: Floats, weights: Floats, objective: Objective, start: Floats) -> Floats:
+def in_pieces(
+    design: Design,
+    loss: Floats,
+    weights: Floats,
+    objective: Objective,
+    theta: Floats,
+    tolerance: float = 1e-15,
+    hold: npt.NDArray[np.bool_] | None = None,
+) -> tuple[Floats, Floats]:
+    """`refine` for many starts, in pieces that fit the processor's cache; `hold` (S, P)."""
+    size = max(1, CELLS // design.offset.size)
+    pieces = []
+    for low in range(0, len(theta), size):
+        part = slice(low, low + size)
+        y, w = (x if x.ndim == 1 else x[part] for x in (loss, weights))
+        held = None if hold is None else hold[part]
+        pieces.append(refine(design, y, w, objective.only(part), theta[part], tolerance=tolerance, hold=held))
+    return np.concatenate([one for one, _ in pieces]), np.concatenate([value for _, value in pieces])
+
+
+def resample(
+    design: Design, loss: Floats, weights: Floats, objective: Objective, start: Floats, *, again: bool = True
+) -> Floats:
     """(R, P) minima for R weight vectors (R, n) or R loss vectors (R, n), all begun at the full-data optimum.
 
     Two passes, one direct and one that anneals delta from ten times above, keep the better: a single pass may miss the
-    best known minimum in a few resamples of a thousand.
+    best known minimum in a few resamples of a thousand. `again=False` leaves the second away.
     """
     loss, weights = np.broadcast_arrays(np.atleast_2d(loss), np.atleast_2d(weights))
-    resamples = len(loss)
-    size = max(1, CELLS // design.offset.size)
-    pieces = []
-    for low in range(0, resamples, size):
-        y, w = loss[low : low + size], weights[low : low + size]
-        first = np.tile(start, (len(y), 1))
-        theta, value = refine(design, y, w, objective, first)
-        if np.isfinite(objective.delta):
-            smooth, _ = refine(design, y, w, Objective(10 * objective.delta, objective.raw), theta)
-            other, other_value = refine(design, y, w, objective, smooth)
-            theta = np.where((other_value < value)[:, None], other, theta)
-        pieces.append(theta)
-    return np.concatenate(pieces)
+    theta, value = in_pieces(design, loss, weights, objective, np.tile(start, (len(loss), 1)))
+    if again and np.isfinite(objective.delta):
+        soft = Objective(10 * objective.delta, objective.raw)
+        smooth, _ = in_pieces(design, loss, weights, soft, theta, LOOSE)
+        other, other_value = in_pieces(design, loss, weights, objective, smooth)
+        theta = np.where((other_value < value)[:, None], other, theta)
+    return theta
 
 
 def nudge(
@@ -145,58 +250,3 @@ def nudge(
     psi = np.clip(residual, -objective.delta, objective.delta)
     hessian = inside * (jacobian * weights[:, None]).T @ jacobian
     return np.asarray(theta + np.linalg.solve(hessian, (change @ (psi[:, None] * jacobian)).T).T, dtype=np.float64)
-
-
-def starting_points(design: Design, loss: Floats, weights: Floats, count: int = 6) -> Floats:
-    """(count, P) spread-out starts: a grid of exponents, prefactors by least squares of relative error."""
-    exponent = np.array(design.exponent)
-    kin = np.array(design.kin or range(len(exponent)))[exponent]
-    _, member_of = np.unique(kin, return_inverse=True)
-    dims = int(member_of.max()) + 1 if len(kin) else 0
-    if dims <= 3:
-        side = max(2, round(GRID ** (1 / max(dims, 1))))
-        axis = np.linspace(*EXPONENTS, side if dims > 1 else 48)
-        grid = np.stack(np.meshgrid(*[axis] * dims, indexing="ij"), -1).reshape(-1, dims) if dims else np.zeros((1, 0))
-    else:
-        grid = np.random.default_rng(0).uniform(*EXPONENTS, (GRID, dims))
-    few = grid
-    grid = grid[:, member_of] if dims else grid
-
-    shape = np.exp(np.einsum("knp,gp->gkn", design.terms[:, :, exponent], grid) + design.offset)
-    member = design.terms[:, :, ~exponent]
-    columns = np.matmul(shape.transpose(2, 0, 1), member.transpose(1, 0, 2)).transpose(1, 0, 2)
-    constant = np.einsum("gkn,kn->gn", shape, 1 - member.sum(-1))
-    root = np.sqrt(weights) / loss
-    x, y = columns * root[:, None], (loss - constant) * root
-    gram = np.matmul(x.transpose(0, 2, 1), x)
-    ridge = 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(gram.shape[-1])
-    right = np.matmul(x.transpose(0, 2, 1), y[..., None])[..., 0]
-    solved = _non_negative(gram + ridge + 1e-300, right)
-    smallest = 1e-4 / np.maximum(columns.mean(1), 1e-300) * loss.mean()
-    solved = np.maximum(solved, smallest)  # a prefactor must be positive: such starts rank by what they then miss
-    missed = np.sum((np.matmul(x, solved[..., None])[..., 0] - y) ** 2, -1)
-
-    chosen: list[int] = []
-    for candidate in np.argsort(missed, kind="stable"):
-        apart = [np.max(np.abs(few[candidate] - few[c]), initial=1.0 if not dims else 0.0) for c in chosen]
-        if min(apart, default=1.0) >= 0.1:
-            chosen.append(int(candidate))
-        if len(chosen) == count:
-            break
-    theta = np.empty((len(chosen), len(exponent)))
-    theta[:, exponent], theta[:, ~exponent] = grid[chosen], np.log(solved[chosen])
-    return theta
-
-
-def _non_negative(gram: Floats, right: Floats) -> Floats:
-    """Least squares with the columns that come out negative taken away, one round after another; (G, c)."""
-    gone = np.zeros(right.shape, dtype=np.bool_)
-    eye = np.eye(right.shape[-1])
-    for _ in range(right.shape[-1]):
-        kept = (~gone).astype(np.float64)
-        masked = gram * kept[:, :, None] * kept[:, None, :] + eye * gone[:, :, None]
-        solved = np.linalg.solve(masked, (right * kept)[..., None])[..., 0]
-        if not (solved < 0).any():
-            break
-        gone |= solved < 0
-    return np.asarray(np.maximum(solved, 0.0), dtype=np.float64)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import linregress
 
 from scantling.errors import InputError
 from scantling.laws.bootstrap import (
@@ -38,6 +37,7 @@ from scantling.laws.forms import Floats
 from scantling.laws.matched import MatchedRuns, matched_runs
 from scantling.laws.newton import Minimum, minimise, resample
 from scantling.laws.rows import levels
+from scantling.laws.statistics import line
 
 OBJECTIVE = Objective(delta=1e-2)  # squares for the usual seed noise of 0.2 to 0.5%, robust to a run that went wrong
 FEWEST_PAIRS = 4  # of equal runs in both families, to see a trend in their gap
@@ -345,13 +345,13 @@ def _gap_notes(rows: MatchedRuns, names: list[str], value: float, baseline: str,
     if len(gaps) < FEWEST_PAIRS:
         return []
     notes = []
-    slope = linregress(budgets, gaps)
+    slope = line(np.array(budgets), np.array(gaps))
     low, high = (float(slope.intercept + slope.slope * x) for x in (min(budgets), max(budgets)))
-    if slope.pvalue < 0.05:
+    if slope.p_value < 0.05:
         notes.append(
             f"the gap changes with compute: equal runs of {candidate} differ from {baseline} in loss by "
             f"{np.expm1(low):+.1%} at {np.exp(min(budgets)):.2g} FLOPs and by {np.expm1(high):+.1%} at "
-            f"{np.exp(max(budgets)):.2g}, a trend beyond chance (p = {slope.pvalue:.2g}): one saving does not hold at "
+            f"{np.exp(max(budgets)):.2g}, a trend beyond chance (p = {slope.p_value:.2g}): one saving does not hold at "
             "every scale"
         )
     largest = gaps[int(np.argmax(budgets))]

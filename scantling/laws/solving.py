@@ -1,21 +1,23 @@
 """One law on given rows: the global minimum under fixed, tied and bounded parameters, refused where rows cannot carry it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 
 from scantling.errors import InputError, suggest
 from scantling.laws.descent import Design, Objective
 from scantling.laws.forms import Floats
 from scantling.laws.formula import Formula, base_of, group_of
 from scantling.laws.layout import Layout, layout
-from scantling.laws.newton import Minimum, minimise
+from scantling.laws.newton import Minimum, minimise, minimise_all
 from scantling.laws.rows import Rows, levels
 
 SINGULAR = 1e6  # condition number of the Jacobian beyond which the rows cannot separate the parameters
 NOTHING = 1e-6  # a constant below this share of the lowest loss has run to zero, its bound
+BATCHED = 4000  # rows beyond which fits of one table are made one after the other
 MOST_BOUNDED = 4  # bounded parameters: every way they can sit at a bound is tried
 
 
@@ -90,11 +92,65 @@ def solve(rows: Rows, problem: Problem) -> Solved:
         InputError: the rows cannot identify the law, or it does not describe them.
     """
     refuse_few(rows, problem)
-    best = _bounded(rows, problem) if problem.bounds else _free(rows, problem)
+    return _settled(rows, problem, _free(rows, problem))
+
+
+def solve_all(
+    rows: Rows, cases: Sequence[tuple[npt.NDArray[np.bool_], Problem]]
+) -> list[tuple[Rows, Solved | InputError]]:
+    """`solve` for selections of the rows and variants of a problem: those with the same unknowns in one batch.
+
+    Args:
+        rows: all rows.
+        cases: for each fit, the rows it keeps and what is asked.
+
+    Returns:
+        For each fit its rows, and the fit or why there is none.
+    """
+    found: dict[int, tuple[Rows, Solved | InputError]] = {}
+    batches: dict[tuple[object, ...], list[int]] = {}
+    for i, (keep, problem) in enumerate(cases):
+        some = rows if keep.all() else rows.only(keep)
+        try:
+            refuse_few(some, problem)
+        except InputError as error:
+            found[i] = (some, error)
+            continue
+        if place_names(some, problem) != place_names(rows, problem) or len(rows.loss) > BATCHED:
+            found[i] = (some, _tried(some, problem))
+            continue
+        alike = (tuple(problem.fixed.items()), tuple(problem.tied.items()), problem.target.raw)
+        batches.setdefault(alike, []).append(i)
+        found[i] = (some, InputError("not fitted"))
+    for numbers in batches.values():
+        where, design = place(rows, cases[numbers[0]][1])
+        weights = np.stack([np.where(cases[i][0], rows.weight, 0.0) for i in numbers])
+        minima = minimise_all(design, rows.loss, weights, [cases[i][1].target for i in numbers])
+        for i, minimum in zip(numbers, minima, strict=True):
+            (keep, problem), some = cases[i], found[i][0]
+            try:
+                begun = Solved(problem, problem, where, design if keep.all() else design.rows(keep), minimum)
+                found[i] = (some, _settled(some, problem, begun))
+            except InputError as error:
+                found[i] = (some, error)
+    return [found[i] for i in range(len(cases))]
+
+
+def _tried(rows: Rows, problem: Problem) -> Solved | InputError:
+    try:
+        return solve(rows, problem)
+    except InputError as error:
+        return error
+
+
+def _settled(rows: Rows, problem: Problem, first: Solved) -> Solved:
+    """The minimum with bounds kept and a vanished constant taken away, refused where it is no law."""
+    best = _bounded(rows, problem, first) if problem.bounds else first
     constant = problem.formula.constant
     if constant in best.layout.free and best.estimate[constant] < NOTHING * rows.loss.min():
         without = best.actual.with_fixed(**{constant: 0.0})
-        one = _bounded(rows, without) if without.bounds else _free(rows, without)
+        one = _free(rows, without)
+        one = _bounded(rows, without, one) if without.bounds else one
         best = Solved(problem, one.actual, one.layout, one.design, one.minimum, (*one.at_bound, constant))
     free = best.layout.free
     if free and best.design.condition(best.minimum.theta, rows.weight) > SINGULAR:
@@ -129,9 +185,8 @@ def _free(rows: Rows, problem: Problem) -> Solved:
     return Solved(problem, problem, where, design, minimise(design, rows.loss, rows.weight, problem.target))
 
 
-def _bounded(rows: Rows, problem: Problem) -> Solved:
-    """The best minimum within bounds: each bounded parameter is free, at its lowest, or at its highest."""
-    first = _free(rows, problem)
+def _bounded(rows: Rows, problem: Problem, first: Solved) -> Solved:
+    """The best minimum within bounds: each bounded parameter is free (`first`), at its lowest, or at its highest."""
     if not _outside(first, problem.bounds):
         return first
     found: list[Solved] = []

@@ -17,6 +17,13 @@ from scantling.laws.wandb import melted
 from scantling.units import parse_count
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+NO_TABLES = {  # how files begin that are often mistaken for tables
+    b"version https://git-lfs": "a Git LFS pointer instead of the table; fetch the file itself with git lfs pull",
+    b"<!doctype html": "a web page instead of a table; download the raw file",
+    b"<html": "a web page instead of a table; download the raw file",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"pk\x03\x04": "a spreadsheet or zip archive; save the table as .csv",
+}
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _WITH_UNIT = re.compile(r"^\s*\d[\d_]*\.?\d*(?:[eE][+-]?\d+)?\s*(?:[KMBGTPkm]|[Kk]i|[Mm]i|[Gg]i)[A-Za-z]*\s*$")
 
@@ -47,6 +54,9 @@ def read_table(path: str | Path, separator: str | None = None) -> pd.DataFrame:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of a table of runs") from None
+    for start, what in NO_TABLES.items():
+        if data[:40].lstrip().lower().startswith(start):
+            raise InputError(f"{path}: {what}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

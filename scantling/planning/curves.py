@@ -63,7 +63,11 @@ class Curve:
 
     @classmethod
     def of(
-        cls, fit: "LawFit", columns: Mapping[str, Any], groups: Mapping[str, tuple[tuple[str, ...], Any]], factor: Any
+        cls,
+        fit: "LawFit",
+        columns: Mapping[str, Any],
+        groups: Mapping[str, tuple[tuple[str, ...], Any]],
+        factor: Any = 1.0,
     ) -> "Curve":
         """The curve of a law.
 
@@ -139,3 +143,19 @@ class Curve:
                 over = self.loss(np.exp(middle)) > loss
                 low, high = np.where(over, middle, low), np.where(over, high, middle)
             return np.where(self.loss(np.exp(high)) <= loss * (1 + 1e-12), np.exp(high), np.inf)
+
+
+@dataclass(frozen=True)
+class Worse:
+    """At every D the higher of two curves."""
+
+    one: Curve
+    other: Curve
+
+    def loss(self, d: Any) -> Floats:
+        """At D tokens, which may be infinite."""
+        return np.maximum(self.one.loss(d), self.other.loss(d))
+
+    def tokens(self, loss: float) -> Floats:
+        """The fewest D at which both reach a loss."""
+        return np.maximum(self.one.tokens(loss), self.other.tokens(loss))

@@ -6,8 +6,13 @@ size, the family at nominal size N and D tokens is then worth the baseline at k 
 
     k = sqrt(r / (1 - S)),
 
-because on the path the compute of both grows with the square of the size. That this holds for the plan's own law and data,
-at other tokens per parameter and beyond the sizes measured, is assumed, and said.
+because on the path the compute of both grows with the square of the size. Off the path that is only one reading of S; another
+puts all of it into the size, so that tokens count alike for every family, and agrees on the path:
+
+    A (k_N N)^-alpha + B D^-beta = A (k N)^-alpha + B (k D)^-beta    at the measured D = M N.
+
+The plan takes whichever is less favourable to the family (`curves.Worse`). That S holds for the plan's own law and data and
+beyond the sizes measured is assumed, and said.
 """
 
 import json
@@ -46,6 +51,12 @@ class Gain:
         """k: what size and tokens count for, by the FLOPs per token over the baseline's."""
         found: Floats = (work_ratio * math.exp(-self.log_need)) ** 0.5
         return found
+
+    @property
+    def path(self) -> float | None:
+        """M = D/N at which it was measured, where known."""
+        low, high = (self.ranges or {}).get("M", (0.0, 0.0))
+        return math.sqrt(low * high) or None
 
     def drawn(self, normal: float) -> "Gain":
         """The gain at one standard normal draw."""

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from scantling.parts import Frozen, Positive, Size
 from scantling.planning.costs import CostName
-from scantling.planning.shapes import Family, Shapes
+from scantling.planning.shapes import WIDTH_STEP, Family, Shapes
 from scantling.planning.variants import Array
 from scantling.recipe import Count as Amount
 from scantling.units import parse_count
@@ -105,6 +105,18 @@ def family_allowed(constraints: Constraints, serving_devices: int, family: Famil
         heads is None or (heads % multiple == 0 and heads % serving_devices == 0 and heads >= least)
         for heads, multiple, least in pairs
     )
+
+
+def smallest_width(constraints: Constraints, serving_devices: int, family: Family) -> int:
+    """The smallest hidden_size at which a family's heads divide and the constraints are kept."""
+    rules = constraints.multiple_of
+    if family.heads is not None:
+        return int(np.lcm(rules.hidden_size, WIDTH_STEP))
+    heads = int(np.lcm.reduce([rules.num_attention_heads, serving_devices, family.kv_heads or 1]))
+    if family.kv_heads is None:  # as many as query heads
+        heads = int(np.lcm(heads, rules.num_key_value_heads))
+        heads *= -(-constraints.min_key_value_heads // heads)
+    return int(np.lcm(rules.hidden_size, heads * family.head_dim))
 
 
 def heads_sentence(constraints: Constraints, serving_devices: int) -> str:

@@ -16,13 +16,13 @@ import numpy as np
 from scantling.costing import param_counts
 from scantling.errors import InputError
 from scantling.planning.config import PlanConfig
-from scantling.planning.curves import Curve, known_columns, shape_columns
+from scantling.planning.curves import Curve, Worse, known_columns, shape_columns
 from scantling.planning.evidence import Gain
 from scantling.planning.price import ParameterCount, Priced, Quote
 from scantling.planning.sections import ChinchillaKeys, HeadLawKeys
 from scantling.planning.shapes import Shapes, families, real_shapes
 from scantling.planning.space import Space
-from scantling.planning.variants import Variant
+from scantling.planning.variants import Floats, Variant
 
 if TYPE_CHECKING:  # pandas and scipy load only when a law of N and D is asked for
     from scantling.laws.lawfit import LawFit
@@ -82,19 +82,30 @@ class FittedLaw:
         """Whether more tokens lower its loss."""
         return bool({"D", "M", "C"} & set(self.columns))
 
-    def curve(self, shapes: Shapes | None, priced: Priced) -> Curve:
+    def curve(self, shapes: Shapes | None, priced: Priced) -> Curve | Worse:
         """The loss of shapes at these prices as a function of their tokens."""
-        factor: Any = 1.0
         n = np.asarray(priced.parameters, dtype=np.float64)
         if shapes is not None:
             n = np.broadcast_to(n, shapes.hidden_size.shape)
-            if self.gains:
-                assert isinstance(priced, Quote)
-                need = np.array([gain.log_need for gain in self.gains])[shapes.variant]
-                factor = Gain().factor(priced.work_ratio * np.exp(-need))
-                n = n * priced.size_ratio * factor
-        columns = shape_columns(self.fit.formula, n, shapes, self.variants)
-        return Curve.of(self.fit, columns, self._groups(shapes), factor)
+        if not self.gains:
+            columns = shape_columns(self.fit.formula, n, shapes, self.variants)
+            return Curve.of(self.fit, columns, self._groups(shapes))
+        assert isinstance(priced, Quote) and shapes is not None
+        need = np.array([gain.log_need for gain in self.gains])[shapes.variant]
+        factor = Gain().factor(priced.work_ratio * np.exp(-need))
+        nominal = n * priced.size_ratio
+        both = Curve.of(self.fit, {"N": nominal * factor}, {}, factor)
+        size = Curve.of(self.fit, {"N": nominal * self._in_size(nominal, factor, shapes)}, {})
+        return Worse(both, size)
+
+    def _in_size(self, n: Floats, factor: Floats, shapes: Shapes) -> Floats:
+        """The factor on N alone that equals `factor` on N and D alike at the tokens per parameter of the evidence."""
+        form = self.fit.form
+        path = np.array([gain.path or np.nan for gain in self.gains])[shapes.variant]
+        data = form.B / form.A * n**form.alpha * (path * n) ** -form.beta
+        power = factor**-form.alpha + data * (factor**-form.beta - 1)
+        found: Floats = np.where(np.isnan(power), factor, power.clip(1e-6) ** (-1 / form.alpha))
+        return found
 
     def _groups(self, shapes: Shapes | None) -> dict[str, tuple[tuple[str, ...], Any]]:
         """For each grouping column its values, and the place of each shape among them (-1: unknown)."""

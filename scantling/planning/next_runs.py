@@ -38,6 +38,7 @@ PARTS = tuple(np.geomspace(1 / 16, 1, 9).tolist())
 RATIOS = (10.0, 20.0, 40.0, 80.0, 160.0)
 LEAST_GAIN = 0.01  # of the regret at the start, below which no more runs are added
 NOISE = 0.01  # of the log loss, where neither plan nor fit says
+FAMILIES = 4  # of the plan in one study
 COORDINATES, POINTS = 6, 4096  # of the objectives kept, and of z
 
 Cell = tuple[int, int]
@@ -49,8 +50,8 @@ class Question:
 
     Attributes:
         scores: (draws, actions) the objective of each choice under each draw, up to a constant of the draw.
-        logs: (rows, columns, draws) the log loss of each run under each draw, without noise.
-        flops: (rows, columns) of each run.
+        logs: (rows, columns, draws, runs) the log loss of the runs of each cell under each draw, without noise.
+        flops: (rows, columns) of each cell.
         noise: standard deviation of a run's log loss.
         seed: of the points z.
     """
@@ -96,11 +97,11 @@ class Question:
         f = self._coordinates[0]
         if not cells:
             return np.zeros((f.shape[1], f.shape[1]))
-        logs = np.stack([self.logs[cell] for cell in cells], axis=1)
+        logs = np.concatenate([self.logs[cell] for cell in cells], axis=1)
         logs = (logs - logs.mean(axis=0)) / self.noise
         count = max(1, len(logs) - 1)
         across = f.T @ logs / count
-        found: Floats = across @ np.linalg.solve(logs.T @ logs / count + np.eye(len(cells)), across.T)
+        found: Floats = across @ np.linalg.solve(logs.T @ logs / count + np.eye(logs.shape[1]), across.T)
         return found
 
     def _least(self, explained: Floats) -> float:
@@ -172,37 +173,39 @@ def next_runs(
     scores, laws = scores[usable], [laws[i] for i in usable]
     least = scores.min(axis=1, keepdims=True)
     scores = np.minimum(scores - least, least)  # an impossible or hopeless choice counts as twice the best
-    columns = _columns(problem, candidates[0], kinds)
+    columns = _columns(problem, candidates, kinds)
     runs = _simulated(problem, columns, laws)
-    if runs.flops.min() > asked.training_flops:
+    flops = runs.flops.sum(axis=2)
+    if flops.min() > asked.training_flops:
         raise problem.config.fault(
             ("next", "training_flops"),
-            f"the smallest run takes {runs.flops.min():.4g} FLOPs, got {asked.training_flops:.4g}; raise it to at least that",
+            f"the smallest run takes {flops.min():.4g} FLOPs, got {asked.training_flops:.4g}; raise it to at least that",
         )
     noise = asked.noise or getattr(problem.law.fit, "residual_sd", None) or NOISE
-    question = Question(scores, runs.logs, runs.flops, float(noise), seed)
+    question = Question(scores, runs.logs, flops, float(noise), seed)
     grids = [grow(question, asked.training_flops, per_flop) for per_flop in (True, False)]
-    cells = min(grids, key=lambda cells: (question.regret(cells), sum(runs.flops[cell] for cell in cells)))
+    cells = min(grids, key=lambda cells: (question.regret(cells), sum(flops[cell] for cell in cells)))
     return _answer(problem, columns, runs, question, cells)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The runs to choose from: the same sizes in every column.
+    """The runs to choose from: the same sizes in every column; a cell holds one run, or one of each family of the plan.
 
     Attributes:
-        shapes, ratios: of each column: the models and their tokens per parameter.
-        families: of each column a study's family, where columns are families; else columns are ratios.
+        shapes: of each column, and in it of each run of a cell.
+        ratios: tokens per parameter of each column.
+        families: of each column's runs the study's family, name and keys; empty where the study has one family.
     """
 
-    shapes: list[Shapes]
+    shapes: list[list[Shapes]]
     ratios: list[float]
-    families: list[tuple[str, dict[str, Any]]]
+    families: list[list[tuple[str, dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """(rows, columns) tokens, FLOPs and N of the runs, (rows, columns, draws) their log losses."""
+    """(rows, columns, runs) tokens, FLOPs and N, (rows, columns, draws, runs) log losses."""
 
     tokens: Floats
     flops: Floats
@@ -210,29 +213,33 @@ class Simulated:
     logs: Floats
 
 
-def _columns(problem: Problem, best: Candidate, kinds: Sequence[Family]) -> Columns:
-    sizes = ladder(problem, best, PARTS)
+def _columns(problem: Problem, candidates: Sequence[Candidate], kinds: Sequence[Family]) -> Columns:
+    sizes = ladder(problem, candidates[0], PARTS)
     if problem.law.fit is not None and "N" in problem.law.fit.ranges:  # smaller runs tell nothing the law was fitted to
         n = np.asarray(problem.price(sizes).parameters, dtype=np.float64)
         known = n >= problem.law.fit.ranges["N"][0]
         sizes = sizes.take(known) if known.any() else sizes.take(np.s_[-1:])
     given, variants = problem.config.next, problem.config.space.variants
     ratios = list(given.tokens_per_parameter if given and given.tokens_per_parameter else RATIOS)
-    one = float(problem.ratio or problem.law.tokens_per_parameter or 20)
     if problem.law.heads is not None:
         pairs = list(dict.fromkeys((int(kind.heads or 1), int(kind.kv_heads or 1)) for kind in kinds))
-        shapes = [_changed(sizes, num_attention_heads=h, num_key_value_heads=k) for h, k in pairs]
-        return Columns(shapes, [one] * len(pairs), [head_family(pair) for pair in pairs])
-    if len(variants) > 1 and problem.config.space.families:
-        named = {variant.name: i for i, variant in reversed(list(enumerate(variants)))}
-        inner = {name: variants[i].ffn.inner(sizes.hidden_size) for name, i in named.items()}
-        fits = buildable_as(problem, sizes, named)
-        names = sorted(named, key=lambda name: named[name])
-        shapes = [_changed(sizes, intermediate_size=inner[name], variant=named[name]).take(fits) for name in names]
+        shapes = [[_changed(sizes, num_attention_heads=h, num_key_value_heads=k)] for h, k in pairs]
+        one = float(problem.ratio or problem.law.tokens_per_parameter or 20)
+        return Columns(shapes, [one] * len(pairs), [[head_family(pair)] for pair in pairs])
+    if problem.config.space.families:
+        base = [problem.evidence.baseline] if problem.evidence else []
+        keys = variant_families(problem, [*base, *(item.family for item in candidates)])
+        keys = dict(list(keys.items())[:FAMILIES])
+        places = {name: next(i for i, variant in enumerate(variants) if variant.name == name) for name in keys}
+        fits = buildable_as(problem, sizes, keys)
         if fits.any():
-            keys = variant_families(problem, names)
-            return Columns(shapes, [one] * len(names), [(name, keys[name]) for name in names])
-    return Columns([sizes] * len(ratios), ratios, [])
+            like = sizes.hidden_size
+            cell = [
+                _changed(sizes, intermediate_size=variants[i].ffn.inner(like), variant=i).take(fits)
+                for i in places.values()
+            ]
+            return Columns([cell] * len(ratios), ratios, [list(keys.items())] * len(ratios))
+    return Columns([[sizes]] * len(ratios), ratios, [[]] * len(ratios))
 
 
 def _changed(shapes: Shapes, **values: Any) -> Shapes:
@@ -245,44 +252,45 @@ def _changed(shapes: Shapes, **values: Any) -> Shapes:
 
 def _simulated(problem: Problem, columns: Columns, laws: Sequence[Law]) -> Simulated:
     """The tokens of all families of a size are the ratio x the N of the evidence's baseline, as in a study."""
-    every = joined(columns.shapes)
+    every = joined([shapes for cell in columns.shapes for shapes in cell])
+    form = (len(columns.shapes), len(columns.shapes[0]), len(columns.shapes[0][0]))
     quote = problem.price(every)
     n = np.broadcast_to(np.asarray(quote.parameters, dtype=np.float64), every.hidden_size.shape)
-    form = (len(columns.shapes), len(columns.shapes[0]))
     nominal = np.broadcast_to(n * quote.size_ratio, n.shape)
-    d = nominal * np.repeat(columns.ratios, form[1])
+    d = nominal * np.repeat(columns.ratios, form[1] * form[2])
     flops = np.asarray(quote.training_flops_per_token, dtype=np.float64) * d
     logs = np.array([np.log(law.curve(every, quote).loss(d)) for law in laws])
-    folded = logs.reshape(len(laws), *form).transpose(2, 1, 0)
-    return Simulated(d.reshape(form).T, flops.reshape(form).T, n.reshape(form).T, folded)
+    folded = logs.reshape(len(laws), *form).transpose(3, 1, 0, 2)
+    tokens, work, sizes = (x.reshape(form).transpose(2, 0, 1) for x in (d, flops, n))
+    return Simulated(tokens, work, sizes, folded)
 
 
 def _answer(problem: Problem, columns: Columns, runs: Simulated, question: Question, cells: Sequence[Cell]) -> NextRuns:
     """The chosen runs, with their study."""
     now, after = question.regret([]), question.regret(cells)
-    spent = float(sum(runs.flops[cell] for cell in cells))
+    spent = float(sum(question.flops[cell] for cell in cells))
     found = tuple(
         NextRun(
-            hidden_size=int(columns.shapes[c].hidden_size[r]),
-            num_hidden_layers=int(columns.shapes[c].num_hidden_layers[r]),
-            num_attention_heads=int(columns.shapes[c].num_attention_heads[r]),
-            num_key_value_heads=int(columns.shapes[c].num_key_value_heads[r]),
-            parameters=float(runs.sizes[r, c]),
-            tokens=float(runs.tokens[r, c]),
+            hidden_size=int(shapes.hidden_size[r]),
+            num_hidden_layers=int(shapes.num_hidden_layers[r]),
+            num_attention_heads=int(shapes.num_attention_heads[r]),
+            num_key_value_heads=int(shapes.num_key_value_heads[r]),
+            parameters=float(runs.sizes[r, c, k]),
+            tokens=float(runs.tokens[r, c, k]),
             tokens_per_parameter=float(columns.ratios[c]),
-            training_flops=float(runs.flops[r, c]),
-            family=columns.families[c][0] if columns.families else "",
+            training_flops=float(runs.flops[r, c, k]),
+            family=columns.families[c][k][0] if columns.families[c] else "",
         )
         for r, c in cells
+        for k, shapes in enumerate(columns.shapes[c])
     )
     study = None
     if cells:
-        chosen = columns.shapes[0].take(sorted({r for r, _ in cells}))
+        chosen = columns.shapes[0][0].take(sorted({r for r, _ in cells}))
         used = sorted({c for _, c in cells})
         why = f"The runs that lower the expected regret of the plan's choice from {now:.4g} to {after:.4g}."
-        families = {columns.families[c][0]: columns.families[c][1] for c in used} if columns.families else {}
-        ratios = sorted({columns.ratios[c] for c in used})
-        study = study_yaml(problem, "plan-next", why, chosen, families, ratios)
+        families = {name: keys for c in used for name, keys in columns.families[c]}
+        study = study_yaml(problem, "plan-next", why, chosen, families, sorted({columns.ratios[c] for c in used}))
     return NextRuns(
         runs=found,
         training_flops=spent,
@@ -291,6 +299,6 @@ def _answer(problem: Problem, columns: Columns, runs: Simulated, question: Quest
         regret_removed_per_flop=(now - after) / spent if spent else 0.0,
         noise=question.noise,
         draws=len(question.scores),
-        grid=runs.flops.shape,
+        grid=(runs.flops.shape[0], runs.flops.shape[1]),
         study=study,
     )

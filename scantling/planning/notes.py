@@ -58,8 +58,6 @@ def impossible(problem: Problem, found: Outcome, shapes: Shapes | None, priced: 
     config = problem.config
     if found.possible.any():
         return _limited(problem, found, shapes, priced)
-    if config.space.real_valued:
-        return config.fault(problem.goal_path, "no real-valued shape of this space meets it; raise it")
     needed, ratio = (
         _up(float(np.nanmin(found.needs))),
         f"{problem.ratio:g} tokens per parameter" if problem.ratio else "",
@@ -93,22 +91,12 @@ def _limited(problem: Problem, found: Outcome, shapes: Shapes | None, priced: Pr
                 changes.append((value / limits[i].most, i, value))
     advice = _reachable(problem, shapes, priced)
     if not changes:
-        broken = [i for i in kept if not (kept[i] & found.possible).all()]
-        said = "; ".join(
-            f"{dotted(limits[i].path)} would have to be {_up(float(np.min(found.least[i][found.possible])))} by itself, got "
-            f"{limits[i].most:.4g}"
-            for i in broken
-        )
-        return config.fault(
-            limits[broken[0]].path, f"no shape keeps all limits, whichever one is lifted: {said}{advice}"
-        )
+        return _together(problem, found, advice)
     _, i, value = min(changes)
-    unit, limit = UNITS.get(limits[i].name, ""), limits[i]
+    limit, unit, share = limits[i], UNITS.get(limits[i].name, ""), 1.0
     if limit.path[-1] == "unique_tokens":
-        value, unit = value / config.constraints.max_epochs, "unique tokens"
-        asked = limit.most / config.constraints.max_epochs
-    else:
-        asked = limit.most
+        unit, share = "unique tokens", config.constraints.max_epochs
+    value, asked = value / share, limit.most / share
     others_said = [
         f"{dotted(limits[j].path)} to {_up(other)}"
         for _, j, other in sorted(changes)[1:]
@@ -119,6 +107,24 @@ def _limited(problem: Problem, found: Outcome, shapes: Shapes | None, priced: Pr
         limit.path,
         f"the smallest shape that meets the rest takes {_up(value)} {unit}, got {asked:.4g}; raise it to that"
         f"{or_others}{advice}",
+    )
+
+
+def _together(problem: Problem, found: Outcome, advice: str) -> InputError:
+    """Limits that contradict each other: the shape that asks least of all of them together, and what it would take."""
+    limits, config = problem.limits, problem.config
+    ratios = {i: np.where(found.possible, least / limits[i].most, np.inf) for i, least in found.least.items()}
+    best = int(np.argmin(sum(np.log(ratio.clip(1)) for ratio in ratios.values())))
+    said = []
+    for i, ratio in ratios.items():
+        if ratio[best] > 1 + 1e-12:
+            share = config.constraints.max_epochs if limits[i].path[-1] == "unique_tokens" else 1.0
+            value, asked = float(found.least[i][best]) / share, limits[i].most / share
+            said.append(f"{dotted(limits[i].path)} to {_up(value)} {UNITS.get(limits[i].name, '')} (got {asked:.4g})")
+    first = next(i for i, ratio in ratios.items() if ratio[best] > 1 + 1e-12)
+    return config.fault(
+        limits[first].path,
+        f"no shape keeps all limits, whichever one is lifted; the nearest change raises {_and(said)}{advice}",
     )
 
 
@@ -162,6 +168,7 @@ def notes(problem: Problem, candidates: Sequence[Candidate], real: Candidate) ->
     found = [law.count_note, f"Costs ({config.convention}): {CONVENTIONS[config.convention]}."]
     if site := config.site:
         found.append(f"{site.device.name}, mfu {site.mfu:g}, mbu {site.mbu:g}: {CONVENTION}.")
+    found += _split(problem, best)
     found += [*_about_law(problem), *_held(problem), *_overshoot(problem, best, real), *_edges(problem, best)]
     found += _repeats(problem, best)
     if config.space.real_valued:
@@ -170,6 +177,19 @@ def notes(problem: Problem, candidates: Sequence[Candidate], real: Candidate) ->
     if best.no_interval:
         found.append(f"No interval of the loss: {best.no_interval}.")
     return (*found, *_ties(problem, candidates))
+
+
+def _split(problem: Problem, best: Candidate) -> list[str]:
+    """What an ideal split over the serving devices leaves out."""
+    site, devices = problem.config.site, problem.config.serving.devices
+    if site is None or devices < 2:
+        return []
+    values = best.hidden_size * problem.config.serving.batch * problem.config.serving.bytes_per_value
+    return [
+        f"Seconds and money of serving divide by {devices} devices ideally. Not modelled: a tensor-parallel step also waits for "
+        f"two all-reduces per layer ({2 * best.num_hidden_layers:.4g} of {values / 1e3:.4g} kB per decoded step), so measure "
+        "before relying on a latency."
+    ]
 
 
 def _about_law(problem: Problem) -> list[str]:
@@ -210,8 +230,9 @@ def _about_families(problem: Problem, law: FittedLaw) -> list[str]:
         else []
     )
     found.append(
-        f"Assumed: a saving measured there holds for {law.name}, at other tokens per parameter, and with this plan's heads, "
-        "context and feed-forward; `study` puts it to the test."
+        f"Assumed: a saving measured there holds for {law.name} and with this plan's heads, context and feed-forward; at other "
+        "tokens per parameter than measured the less favourable of two readings counts (all of it in the size, or in size and "
+        "tokens alike). `study` puts it to the test."
     )
     if law.fit.draws is None and any(gain.spread for gain in law.gains):
         found.append("Intervals and probabilities count the uncertainty of the evidence about families alone.")

@@ -28,7 +28,7 @@ def minimise(score: Callable[[Floats], Floats], low: float, high: float, lines: 
     A grid in the logarithm, narrowed to the two steps around its best point until they are 1e-14 wide.
 
     Args:
-        score: of a (lines, points) array.
+        score: of a (lines, points) array; `Outcome.guide` where few points may be possible.
         low, high: the range searched.
         lines: number of independent problems.
     """
@@ -50,7 +50,7 @@ def real_optima(problem: Problem, kinds: Sequence[Family]) -> tuple[Shapes, Quot
     def best(lines: Sequence[Family], aspect: Floats | None) -> Shapes:
         def score(depth: Floats) -> Floats:
             shapes = real_shapes(space, lines, depth, aspect)
-            return outcome(problem, shapes, problem.price(shapes)).score
+            return outcome(problem, shapes, problem.price(shapes)).guide(problem)
 
         depth = minimise(score, *DEPTHS, len(lines))[:, None]
         return real_shapes(space, lines, depth, aspect).take(np.s_[:, 0])
@@ -70,6 +70,12 @@ def real_optima(problem: Problem, kinds: Sequence[Family]) -> tuple[Shapes, Quot
         around = np.log(np.stack(ends, axis=1))
     found = found.take(row * ASPECTS + place)
     return dataclasses.replace(found, family=row), problem.price(dataclasses.replace(found, family=row))
+
+
+def real_grid(problem: Problem, kinds: Sequence[Family], points: int = 30001) -> Shapes:
+    """Real-valued shapes of every family over all depths searched: what a refusal names is among them."""
+    depth = np.tile(np.geomspace(*DEPTHS, points), (len(kinds), 1))
+    return real_shapes(problem.config.space, kinds, depth).take(np.ones(depth.shape, dtype=bool))
 
 
 def real_sensitivity(problem: Problem, kinds: Sequence[Family], chosen: Shapes) -> tuple[Sensitivity, ...]:

@@ -79,9 +79,9 @@ class Problem:
 
     def price(self, shapes: Shapes, everything: bool = False) -> Quote:
         """What shapes cost in the plan's convention; `everything`, or only what decides."""
+        if len(self.config.space.variants) < 2 or np.ptp(shapes.variant) == 0:
+            return self._one_variant(shapes, int(shapes.variant.flat[0]) if len(shapes) else 0, everything)
         used = np.unique(shapes.variant)
-        if used.size < 2:
-            return self._one_variant(shapes, int(used[0]) if used.size else 0, everything)
         masks = [shapes.variant == number for number in used]
         quotes = [
             self._one_variant(shapes.take(mask), int(number), everything)
@@ -241,6 +241,19 @@ class Outcome:
     def score(self) -> Floats:
         """The objective, infinite where the shape is not possible or does not fit."""
         return np.where(self.possible & self.fits, self.objective, np.inf)
+
+    def guide(self, problem: Problem) -> Floats:
+        """The score; where impossible, beyond every score and the larger the further the shape is from being possible, so
+        that a search finds possible shapes between impossible ones."""
+        score = self.score
+        with np.errstate(all="ignore"):
+            goals = np.full(score.shape, problem.goal if problem.limit is None or problem.goal > 0 else 1.0)
+            excess = np.where(self.possible, 0.0, np.abs(np.log(self.needs / goals)))
+            for i, least in self.least.items():
+                excess = np.maximum(excess, np.log(least / problem.limits[i].most))
+        return np.where(
+            np.isfinite(score), score, 1e300 * (1 + np.nan_to_num(excess, nan=1e7, posinf=1e7).clip(0, 1e7))
+        )
 
 
 def outcome(problem: Problem, shapes: Shapes | None, priced: Priced, law: Law | None = None) -> Outcome:

@@ -51,8 +51,7 @@ def screen(problem: Problem, kinds: Sequence[Family], around: tuple[float, float
     config = problem.config
     share = max(1, wanted // len(kinds))
     stride = max(1, -(-shape_count(config.space, kinds, around) // SAMPLE))
-    kept: list[Shapes] = []
-    scores: list[Floats] = []
+    kept: dict[int, tuple[Shapes, Floats]] = {}  # by family
     sample: list[Shapes] = []
     count = 0
     for chunk in shape_chunks(config.space, kinds, around):
@@ -63,13 +62,20 @@ def screen(problem: Problem, kinds: Sequence[Family], around: tuple[float, float
             continue
         score = outcome(problem, shapes, problem.price(shapes)).score
         best = ranked(score, POOL)
-        kept.append(shapes.take(best))
-        scores.append(score[best])
+        if best.size:
+            number = int(shapes.family[0])  # of the whole chunk
+            mine, scores = shapes.take(best), score[best]
+            if number in kept:
+                mine, scores = joined([kept[number][0], mine]), np.concatenate([kept[number][1], scores])
+                order = ranked(scores, POOL)
+                mine, scores = mine.take(order), scores[order]
+            kept[number] = mine, scores
     if not kept:
-        empty = joined(sample)
-        quote = problem.price(empty)
-        return Screened(empty, empty, quote, outcome(problem, empty, quote), 0, stride)
-    found, score = joined(kept), np.concatenate(scores)
+        pool = joined(sample)
+        quote = problem.price(pool)
+        return Screened(pool.take(np.s_[:0]), pool, quote, outcome(problem, pool, quote), count, stride)
+    found = joined([shapes for shapes, _ in kept.values()])
+    score = np.concatenate([scores for _, scores in kept.values()])
     order = ranked(score, score.size)
     ranks = [np.flatnonzero(found.family[order] == kind)[:share] for kind in range(len(kinds))]
     best = order[np.sort(np.concatenate(ranks))[:wanted]]

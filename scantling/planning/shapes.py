@@ -17,7 +17,7 @@ from scantling.resolve import MAX_LAYERS
 from scantling.rows import Row, Stack, rows
 
 WIDTH_STEP = 64  # of hidden_size where it need not be a multiple of head_dim
-CHUNK = 200_000  # shapes priced at a time
+CHUNK = 20_000  # shapes priced at a time: their arrays stay in the cache
 
 
 @dataclass(frozen=True)

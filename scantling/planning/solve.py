@@ -19,9 +19,9 @@ from scantling.planning.answer import front as fronts
 from scantling.planning.answer import memory_front, real_candidate, whole_candidates, with_margins
 from scantling.planning.certainty import sensitivity, with_probabilities
 from scantling.planning.config import PlanConfig
-from scantling.planning.limits import family_allowed
+from scantling.planning.limits import family_allowed, smallest_width
 from scantling.planning.next_runs import next_runs
-from scantling.planning.optima import family_probabilities, law_optimum, real_optima, real_sensitivity
+from scantling.planning.optima import family_probabilities, law_optimum, real_grid, real_optima, real_sensitivity
 from scantling.planning.outcome import Problem, outcome, pose
 from scantling.planning.result import Plan
 from scantling.planning.screen import Screened, ranked, screen
@@ -69,7 +69,9 @@ def plan(config: PlanConfig) -> Plan:
         front = fronts(problem, lambda at: real_optima(at, kinds))
         turned = real_sensitivity(problem, kinds, shapes.take([0]))
     else:
-        raise notes.impossible(problem, found, optima, priced)
+        grid = real_grid(problem, kinds)
+        priced = problem.price(grid)
+        raise notes.impossible(problem, outcome(problem, grid, priced), grid, priced)
     if config.space.real_valued and problem.law.heads is not None:
         sure = family_probabilities(problem, kinds, candidates, shapes)
     else:
@@ -113,13 +115,14 @@ def plan(config: PlanConfig) -> Plan:
 
 def _widths_around(problem: Problem, kinds: Sequence[Family], best: Array) -> tuple[float, float]:
     """Lowest and highest hidden_size screened: a third to three times the real-valued optima; without one, all up to there
-    of the same plan without its constraints."""
+    of the same plan without its constraints. The smallest width that can be built is among them."""
+    least = min(smallest_width(problem.config.constraints, problem.config.serving.devices, kind) for kind in kinds)
     if best.size:
-        return best.min() / 3, best.max() * 3
+        return best.min() / 3, max(float(least), best.max() * 3)
     bare = dataclasses.replace(problem, limits=problem.limits[: problem.limit is not None])
     optima, priced = real_optima(bare, kinds)
     widths = optima.hidden_size[np.isfinite(outcome(bare, optima, priced).score)]
-    return WIDTH_STEP / 3, 3 * max([float(WIDTH_STEP), *widths.tolist()])
+    return WIDTH_STEP / 3, max(float(least), 3 * max([float(WIDTH_STEP), *widths.tolist()]))
 
 
 def _screened(problem: Problem, kinds: Sequence[Family], around: tuple[float, float]) -> Screened:

@@ -11,7 +11,7 @@ from scantling.units import format_count
 
 if TYPE_CHECKING:  # pandas and scipy take longer to load than a cost takes to print
     from scantling.compare import Comparison
-    from scantling.laws import Estimate, LawFit
+    from scantling.laws import Estimate, LawFit, Prediction
 
 
 def law_json(law: LawFit) -> dict[str, Any]:
@@ -136,20 +136,36 @@ def _estimate(item: Estimate) -> dict[str, float | None]:
 
 
 def prediction_json(law: LawFit, params: float, tokens: float, level: float) -> dict[str, Any]:
-    """L(N, D) with interval, and the task errors chained to it; their interval is that of the loss alone."""
+    """L(N, D) with interval, and the task errors chained to it with theirs."""
     found = law.predict(params, tokens, level)
     low = None if found.low is None else float(found.low)
     high = None if found.high is None else float(found.high)
-    errors = {
-        name: {key: None if x is None else float(chained.error(x)) for key, x in
-               (("value", float(found.value)), ("low", low), ("high", high))}
-        for name, chained in law.downstream.items()
-    }  # fmt: skip
+    chained = {name: law.predict_error(name, params, tokens, level) for name in law.downstream}
+    notes = list(dict.fromkeys([*found.notes, *(note for one in chained.values() for note in one.notes)]))
+    errors = {name: _ends_of(one) for name, one in chained.items()}
     return {
         "value": float(found.value), "low": low, "high": high, "level": level, "params": params, "tokens": tokens,
-        "flops": 6 * params * tokens, "errors": errors, "conventions": dict(law.conventions), "notes": list(found.notes),
+        "flops": 6 * params * tokens, "errors": errors, "conventions": dict(law.conventions), "notes": notes,
         "source": law.source,
     }  # fmt: skip
+
+
+def errors_json(law: LawFit, loss: float, level: float) -> dict[str, Any]:
+    """The task errors at a measured loss, with intervals."""
+    found = {name: law.error_at_loss(name, loss, level) for name in law.downstream}
+    return {
+        "value": loss, "low": None, "high": None, "level": level, "at": {"loss": loss},
+        "errors": {name: _ends_of(one) for name, one in found.items()}, "conventions": dict(law.conventions),
+        "notes": [note for one in found.values() for note in one.notes], "source": law.source,
+    }  # fmt: skip
+
+
+def _ends_of(found: Prediction) -> dict[str, float | None]:
+    return {
+        "value": float(found.value),
+        "low": None if found.low is None else float(found.low),
+        "high": None if found.high is None else float(found.high),
+    }
 
 
 def value_json(law: LawFit, columns: dict[str, float], groups: dict[str, str], level: float) -> dict[str, Any]:
@@ -187,9 +203,7 @@ def prediction(name: str, answer: dict[str, Any]) -> None:
     else:
         console.print(f"{name}: loss {answer['value']:.4f} nats/token{interval}")
     for error, item in answer.get("errors", {}).items():
-        spread = (
-            "" if item["low"] is None else f" ({item['low']:.4f} to {item['high']:.4f} from the interval of the loss)"
-        )
+        spread = "" if item["low"] is None else f" ({item['low']:.4f} to {item['high']:.4f})"
         console.print(f"  {error}: {item['value']:.4f}{spread}")
     if "optimal_params" in answer:
         for label, key in (

@@ -1,5 +1,6 @@
 """Tables that people really have: each wrong one ends with exit 2 and a sentence that says what to do."""
 
+import gzip
 import math
 from pathlib import Path
 
@@ -72,6 +73,32 @@ MALFORMED: dict[str, tuple[str, str | bytes, tuple[str, ...], str]] = {
     "not parquet": ("t.parquet", b"PAR0", (), "parquet"),
     "broken JSON lines": ("t.jsonl", '{"N": 1}\n{"N": \n', (), "line 2: not JSON"),
     "a JSON list": ("t.jsonl", "[1]\n[2]\n", (), "expected a JSON object, got list"),
+    "a Git LFS pointer": ("t.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", (), "git lfs pull"),
+    "a web page": ("t.csv", "<!DOCTYPE html><html><body>404</body></html>\n<p>x</p>\n", (), "a web page instead of a table"),
+    "gzip": ("t.csv", gzip.compress(csv(GOOD).encode()), (), "compressed with gzip; unpack it first"),
+    "UTF-16": ("t.csv", csv(GOOD).encode("utf-16"), (), "not UTF-8 text"),
+    "an open quote": ("t.csv", 'N,D,loss\n"1e7,2e8,3\n1e8,2e9,2.5\n', (), "expected 3 entries"),
+    "a NUL in the header": ("t.csv", csv(GOOD).replace("N", "N\0", 1), (), "column 'N' (argument params) is not in the table"),
+    "nothing but commas": ("t.csv", ",,\n,,\n,,\n", (), "expected at least two rows, got 0"),
+    "a column without a name": ("t.csv", csv(GOOD.rename(columns={"loss": ""})), (), "column 'loss' (argument loss)"),
+    "percent signs": ("t.csv", csv(GOOD.assign(loss=[f"{x:.2f}%" for x in GOOD.loss])), (), "expected a number, got"),
+    "thousands separated": ("t.csv", csv(GOOD.assign(N=[f"{int(n):,}" for n in GOOD.N])), (), "got '10,000,000'"),
+    "hexadecimal": ("t.csv", csv(GOOD.assign(N=[hex(int(n)) for n in GOOD.N])), (), "expected a number, got '0x"),
+    "losses of nothing": ("t.csv", csv(scaled(loss=1e-8)), (), "less than any loss of language"),
+    "lists in cells": ("t.jsonl", '{"N": [1e7], "D": {"x": 1}, "loss": 3}\n' * 5, (), "expected a number, got [10000000.0]"),
+    "true for a number": ("t.jsonl", '{"N": true, "D": 1e9, "loss": 3}\n' * 5, (), "expected a number, got True"),
+    "numbers beyond floats": ("t.jsonl", '{"N": 1e999, "D": 1e9, "loss": 3}\n' * 5, (), "no usable rows are left"),
+    "brackets without end": ("t.jsonl", "[" * 100_000, (), "line 1: not JSON"),
+    "other keys in each line": ("t.jsonl", '{"N": 1e7, "D": 1e9, "loss": 3}\n{"n": 1e7, "d": 1e9, "l": 3}\n', (),
+                                "line 2 (nan)"),
+    "W&B chart without values": ("t.csv", '"Step","a - loss","b - loss"\n1,,\n2,,\n', (), "expected at least two rows, got 0"),
+    "W&B chart without sizes": ("t.csv", '"Step","a - loss","b - loss"\n1,3.0,2.9\n2,2.8,2.7\n', (),
+                                "column 'N' (argument params) is not in the table; expected one of loss, run, step"),
+    "W&B chart with a run twice": ("t.csv", '"Step","a - loss","a - loss"\n1,3.0,2.9\n2,2.8,2.7\n', (), "named twice"),
+    "W&B runs all running": ("t.csv", '"Name","State","N","D","loss"\n' + '"r","running","1e7","2e8","3.9"\n' * 4, (),
+                             "no run ended well, column 'State'"),
+    "W&B config in a cell": ("t.csv", '"Name","config","loss"\n"a","{""N"": 1}","3"\n"b","{""N"": 2}","2.9"\n', (),
+                             "expected one of Name, config, loss"),
     "wrong option value": ("t.csv", csv(GOOD), ("--bound", "alpha=0.5"), "expected name=low:high"),
     "unknown law": ("t.csv", csv(GOOD), ("--law", "chinchila"), "did you mean 'chinchilla'"),
 }  # fmt: skip
@@ -150,6 +177,47 @@ def test_other_separators_and_exports(tmp_path: Path) -> None:
     runs = '"Name","State","N","D","loss"\n"a","finished","1e7","2e8","3.9"\n"b","crashed","2e7","2e8","9.9"\n'
     rows, said = clean(read(tmp_path, runs))
     assert rows["Name"].tolist() == ["a"] and "line 3 (crashed)" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("half", "not a parquet table"), ("none", "not a parquet table"), ("lists", "expected a number, got array"),
+        ("text", "expected a number, got 'a'"), ("nulls", "no usable rows are left"), ("no rows", "at least two rows, got 0"),
+    ],
+)  # fmt: skip
+def test_broken_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "t.parquet"
+    changed: dict[str, pd.DataFrame] = {
+        "lists": GOOD.assign(N=[[1.0, 2.0]] * len(GOOD)), "text": GOOD.assign(N="a"), "nulls": GOOD.assign(D=np.nan),
+        "no rows": GOOD[:0],
+    }  # fmt: skip
+    changed.get(name, GOOD).to_parquet(path)
+    if name in ("half", "none"):
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if name == "half" else b"")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(path), "--resamples", "0"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and said in printed and "internal error" not in printed
+
+
+def test_broken_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, said in (
+        (None, "no finished run"),
+        ("{", "not a readable record"),
+        ("[]", "record"),
+        ("{}", "record"),
+    ):
+        run = tmp_path / "study" / "a"
+        run.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            (run / "record.json").write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit) as end:
+            main(["fit", str(tmp_path / "study"), "--resamples", "0"])
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and said in printed and "internal error" not in printed, printed
 
 
 def test_parquet(tmp_path: Path) -> None:

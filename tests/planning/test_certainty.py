@@ -161,7 +161,7 @@ def test_the_value_of_runs_by_hand() -> None:
     difference = np.concatenate([half, -half])
     difference *= 3.0 / difference.std(ddof=1)  # of standard deviation 3
     scores = np.stack([np.zeros(1000), difference], axis=1)
-    logs = np.stack([np.zeros(1000), 0.02 * difference / 3])[:, None]
+    logs = np.stack([np.zeros(1000), 0.02 * difference / 3])[:, None, :, None]
     question = Question(scores, logs, np.array([[1.0], [5.0]]), noise=0.01)
     before = 3 / math.sqrt(2 * math.pi)
     explained = 0.02**2 / (0.02**2 + 0.01**2)

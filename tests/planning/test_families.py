@@ -114,8 +114,9 @@ def test_shipped_savings_are_refitted_from_the_shipped_rows(name: str) -> None:
     for candidate, printed in plain["savings"].items():
         found = saving(rows, baseline=plain["baseline"], candidate=candidate)
         assert found.low is not None and found.high is not None
-        for got, shipped in ((found.value, "value"), (found.low, "low"), (found.high, "high")):
-            assert got == pytest.approx(printed[shipped], abs=2e-4), (candidate, shipped)
+        assert found.value == pytest.approx(printed["value"], abs=2e-4), candidate
+        for got, shipped in ((found.low, "low"), (found.high, "high")):  # quantiles of simulated noise
+            assert got == pytest.approx(printed[shipped], abs=1e-2), (candidate, shipped)
     assert set(plain["families"]) == {plain["baseline"], *plain["savings"]}
 
 
@@ -134,10 +135,14 @@ def test_a_family_is_worth_the_baseline_at_scaled_size_and_tokens() -> None:
     factor = math.sqrt(ratio / (1 - value))
     n = dense.params["total"]
     assert dense.tokens == pytest.approx(float(EPOCH.tokens_for_loss(n, 2.7)), rel=1e-12)
-    assert low_rank.tokens == pytest.approx(float(EPOCH.tokens_for_loss(factor * n, 2.7)) / factor, rel=1e-12)
+    both = float(EPOCH.tokens_for_loss(factor * n, 2.7)) / factor
+    on_path = float(EPOCH.loss(factor * n, factor * math.sqrt(19.9 * 20.1) * n))  # what k means at the measured D/N
+    left = on_path - EPOCH.E - EPOCH.B * (math.sqrt(19.9 * 20.1) * n) ** -EPOCH.beta
+    alone = float(EPOCH.tokens_for_loss((EPOCH.A / left) ** (1 / EPOCH.alpha), 2.7))
+    assert low_rank.tokens == pytest.approx(max(both, alone), rel=1e-9)
+    assert alone > 1.02 * both  # at more tokens per parameter than measured, a deficit in size weighs more
     assert dense.loss == pytest.approx(2.7) and low_rank.loss == pytest.approx(2.7)
-    assert {layer["ffn"]["kind"] for layer in low_rank.spec["layers"][1:]} == {"low_rank"}
-    assert low_rank.spec["layers"][0]["ffn"]["kind"] == "dense"
+    assert [layer.ffn.kind for layer in spec_from(low_rank.spec).layers] == ["dense", *["low_rank"] * 15]
     assert low_rank.loss_low is not None and low_rank.loss_high is not None  # from the evidence: the law has no draws
     assert low_rank.loss_low < 2.7 < low_rank.loss_high
     assert any("count the uncertainty of the evidence about families alone" in note for note in answer.notes)
@@ -154,7 +159,15 @@ def comparison(folder: Path, true: float) -> Path:
             n, loss = math.sqrt(c / 120), 1.8 + 1.7 * (c / need / 1e19) ** -0.13
             rows.append({"family": family, "run": f"r{i}", "N": n, "D": 20 * n, "C": c,
                          "loss": loss * math.exp(0.001 * rng.standard_normal()), "tokens_per_parameter": 20})  # fmt: skip
-    settings = {"loss": "loss", "params": "N", "tokens": "D", "law": "frontier", "resamples": 50, "columns": {"C": "C"}}
+    settings = {
+        "loss": "loss",
+        "params": "N",
+        "tokens": "D",
+        "law": "frontier",
+        "resamples": 50,
+        "seed": 0,
+        "columns": {"C": "C"},
+    }
     path = folder / "comparison.json"
     path.write_text(json.dumps(compare_families(pd.DataFrame(rows), "family", "uniform", settings).to_json()))
     return path
@@ -177,7 +190,8 @@ def test_an_own_comparison_plugs_in(tmp_path: Path) -> None:
     best = {c.family: c for c in answer.candidates}
     assert answer.candidates[0].family == "lean"
     need = math.exp(evidence.gains["lean"].log_need)
-    assert best["lean"].training_flops == pytest.approx(need * best["uniform"].training_flops, rel=2e-3)
+    saved = best["lean"].training_flops / best["uniform"].training_flops
+    assert need * (1 - 1e-9) <= saved < 1.03 * need  # less than measured off the path of 20 tokens per parameter
     assert best["lean"].probability_best is not None and best["lean"].probability_best > 0.9
     assert any("Assumed: a saving measured there holds" in note for note in answer.notes)
     assert load_study_cells(answer.study, tmp_path) > 0
@@ -364,7 +378,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"evidence": "bow"}, "evidence: 'bow' is neither a comparison's .json file nor shipped evidence"),
     (
         {"evidence": "bowtie", "space": {"families": {"other": {}}}},
-        "no evidence about 'other'; known are uniform, bowtie",
+        "no evidence about 'other'; expected one of",
     ),
     (
         {"evidence": "bowtie", "law": "gqa-figure-2", "minimize": "z"},
