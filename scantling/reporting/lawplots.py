@@ -76,18 +76,21 @@ def residual_figure(law: LawFit) -> go.Figure:
             y=np.stack([ends[0], ends[1], np.full(len(drawn.x), np.nan)], axis=1).ravel(),
             line={"color": "rgba(128,128,128,0.45)", "width": 3},
         )  # fmt: skip
-    _add_rows(figure, drawn, 100 * (drawn.measured / drawn.predicted - 1))
+    residuals, band = 100 * (drawn.measured / drawn.predicted - 1), 196 * (law.residual_sd or 0.0)
+    _add_rows(figure, drawn, residuals)
     figure.add_hline(y=0, line={"color": GREY, "width": 1})
-    for sign in (-1, 1) if law.residual_sd is not None else ():
-        figure.add_hline(y=sign * 196 * (law.residual_sd or 0.0), line={"color": GREY, "dash": "dash", "width": 1})
+    for sign in (-1, 1) if band else ():
+        figure.add_hline(y=sign * band, line={"color": GREY, "dash": "dash", "width": 1})
+    low, high = min(-band, float(residuals.min())), max(band, float(residuals.max()))
     figure.update_xaxes(**log_axis(drawn.x.tolist()), title=drawn.axis)
-    figure.update_yaxes(title="residual, %")
+    margin = 0.08 * (high - low) + 1e-9
+    figure.update_yaxes(title="residual, %", range=[low - margin, high + margin])
     return figure
 
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """What the two figures share: (n,) abscissa, measured and predicted values, colours, and hover texts."""
+    """What the two figures share: (n,) abscissa, measured and predicted values, what tells curves apart, colours, texts."""
 
     x: Floats
     axis: str
@@ -95,6 +98,7 @@ class _Drawn:
     predicted: Floats
     low: Floats | None
     high: Floats | None
+    split: Floats | None
     shade: Floats | None
     shade_title: str
     group: tuple[str, ...]
@@ -126,16 +130,19 @@ class _Drawn:
             if low is not None and high is not None:
                 said.append(f"its 95% interval {low[i]:.4f} to {high[i]:.4f}")
             text.append("<br>".join(said))
+        split = None if shaded is None or len(columns) < 2 else columns[shaded]
         shade = None if shaded is None or group else np.log10(columns[shaded])
         title = {"N": "N", "M": "D/N", "D": "D"}.get(shaded or "", "")
-        return cls(x, axis, measured, predicted, low, high, shade, title, group, text)
+        return cls(x, axis, measured, predicted, low, high, split, shade, title, group, text)
 
     def curves(self) -> Iterator[tuple[str, npt.NDArray[np.intp], str]]:
         """Rows that lie on one curve of the law: one size, or one group; none where there are too many."""
         if self.group and len(set(self.group)) <= MOST_CURVES:
-            looks = styles(list(dict.fromkeys(self.group)))
-            for name in looks:
-                yield name, np.flatnonzero(np.array(self.group) == name), looks[name].color
+            looks, groups = styles(list(dict.fromkeys(self.group))), np.array(self.group)
+            codes = np.zeros(len(groups), dtype=np.intp) if self.split is None else levels(self.split, 1.05)
+            for name in looks if codes.max() < MOST_CURVES else ():
+                for code in range(int(codes.max()) + 1):
+                    yield name, np.flatnonzero((groups == name) & (codes == code)), looks[name].color
         elif self.shade is not None:
             codes = levels(10**self.shade, 1.05)
             if codes.max() < MOST_CURVES:

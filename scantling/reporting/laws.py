@@ -140,7 +140,12 @@ def laws_section(laws: Mapping[str, LawFit], ladder: Ladder | None) -> Section:
     )
     if held:
         body += data_table("Predicting what the fit did not see", "llrrrrrrrr", header, held)
-        body += paragraph("A negative bias is too optimistic: the runs came out worse than the law said.", kind="note")
+        notes = {
+            "loss": "A negative bias is too optimistic: the runs came out worse than the law said.",
+            "N": "Of best sizes the errors are those of N, beside the best size of the dearest budget fitted.",
+        }
+        kinds = dict.fromkeys(law.predicts for law in laws.values() if law.holdouts or law.extrapolation)
+        body += paragraph(*(notes[kind] for kind in kinds if kind in notes), kind="note")
     body += "".join(_certainty(name, law) for name, law in laws.items())
     counted = dict.fromkeys(f"{name}: {text}" for law in laws.values() for name, text in law.conventions.items())
     body += paragraph(f"How things are counted. {'; '.join(counted)}.", kind="note") if counted else ""
@@ -173,9 +178,10 @@ def _certainty(name: str, law: LawFit) -> str:
             f"{name}: twice the scaled excess of the objective; 3.84 is 95%",
         )
     if law.sensitivity:
+        shown_ahead = format_count if law.predicts == "N" else lambda value: significant(value, 5)
         names = [key for key in law.params if key not in law.fixed and "[" not in key][:6]
         rows = [
-            [item.change, item.n, *(significant(item.params.get(key)) for key in names), significant(item.ahead, 5),
+            [item.change, item.n, *(significant(item.params.get(key)) for key in names), known(item.ahead, shown_ahead),
              significant(item.optimum, 3), item.refused or ""]
             for item in law.sensitivity
         ]  # fmt: skip
@@ -208,7 +214,9 @@ def _against_rows(name: str, law: LawFit) -> str:
     if shown < law.rows.total:
         which = f"{shown} of {law.rows.total:,} {what}, evenly spaced in the prediction, and the largest residuals"
     body = f"<h3>{escape(name)} and its {what}</h3>"
-    body += plot(fit_figure(law), f"fit-{slug(name)}", f"{name}: {which}; lines are the law, where the sizes are few")
+    figure = fit_figure(law)
+    drawn = "; lines are the law" if any(trace.mode == "lines" for trace in figure.data) else ""
+    body += plot(figure, f"fit-{slug(name)}", f"{name}: {which}{drawn}")
     band = "; dashed, where 95% of single runs should lie" if law.residual_sd is not None else ""
     own = "; grey, the law's own 95% interval" if law.draws is not None and law.predicts == "loss" else ""
     return body + plot(

@@ -30,15 +30,15 @@ def test_refits_are_the_fit() -> None:
 
 @pytest.mark.parametrize("n", [6, 14])
 def test_intervals_cover(n: int) -> None:
-    """90% intervals of the error at a new loss over 200 repetitions, by noise (6 points) and by models drawn again (14)."""
+    """90% intervals of the error at a new loss over 120 repetitions, by noise (6 points) and by models drawn again (14)."""
     at, inside = 2.1, []
-    for seed in range(200):
+    for seed in range(120):
         loss, error = points(n, seed)
-        draws = downstream_draws(fit_downstream(loss, error), loss, error, resamples=200)
+        draws = downstream_draws(fit_downstream(loss, error), loss, error, resamples=120)
         assert draws is not None
         low, high = np.quantile(draws[:, 0] - draws[:, 1] * np.exp(-draws[:, 2] * at), [0.05, 0.95])
         inside.append(low <= float(LAW.error(at)) <= high)
-    assert 0.83 <= np.mean(inside) <= 0.97  # 85 to 95%, and 2 points for the count of repetitions
+    assert 0.82 <= np.mean(inside) <= 0.98  # 85 to 95%, and 3 points for the few repetitions
 
 
 def test_the_chain_is_wider_than_either_link() -> None:

@@ -232,5 +232,14 @@ def test_fit_as_typed_then_predict_and_report(tmp_path: Path, capsys: pytest.Cap
     for text in ("A[x]", "A[y]", "95 % profile", "dearest 50% of the rows", "equal exponents", "loss 2."):
         assert text in printed
     html = page.read_text(encoding="utf-8")
-    for text in ("A[x]", "Sensitivity: law", "How sure: law", "Residuals: law", "dearest 10% of the rows"):
+    for text in (
+        'id="fit-law"',
+        'id="residuals-law"',
+        "32 rows; lines are the law",
+        "A[x]",
+        "Sensitivity: law",
+        "How sure: law",
+        "Residuals: law",
+        "dearest 10% of the rows",
+    ):
         assert text in html

@@ -87,6 +87,7 @@ def test_kaplan_hold_outs_and_sensitivity_are_fits(kaplan: LawFit) -> None:
     assert LawFit.from_json(kaplan.to_json()).to_json() == kaplan.to_json()
 
 
+@pytest.mark.slow
 def test_kaplan_profiles_hold_the_truth_about_as_often_as_they_say() -> None:
     inside = [
         low <= KAPLAN["alpha_N"] <= high
@@ -100,7 +101,8 @@ def test_isoflop_predicts_the_dearest_budget() -> None:
     found = fit(ladder_of_budgets(TRUE, 0.0), law="isoflop", resamples=20)
     held = {item.rule: item for item in found.holdouts}
     dearest = held["best size of the dearest budget"]
-    assert dearest.are < 0.02 < 0.4 < dearest.baseline_are
+    assert dearest.are < 0.02
+    assert dearest.baseline_are > 0.4
     assert dearest.n_fit == 45 and dearest.n_held == 9
     lines = {line.change: line for line in found.sensitivity}
     top = 1e21

@@ -184,3 +184,17 @@ def test_the_next_runs_do_not_hang_on_a_seed(budget: float) -> None:
     best = plan(problem.config).candidates
     chosen = {repr(next_runs(problem, kinds, best, pool, quote, seed).runs) for seed in range(4)}  # type: ignore[union-attr]
     assert len(chosen) == 1
+
+
+def test_the_next_runs_do_not_hang_on_the_draws(tmp_path: Path) -> None:
+    """Either half of the law's bootstrap draws chooses the same runs on the shipped example."""
+    law = load_published(HUBER)
+    assert law.draws is not None
+    chosen = []
+    for half in range(2):
+        path = tmp_path / "law.json"
+        path.write_text(json.dumps(dataclasses.replace(law, draws=law.draws[half::2]).to_json()))
+        found = plan(load_plan(EXAMPLES / "plan-serving.yaml", ["next.training_flops=1e20", f"law={path}"])).next
+        assert found is not None
+        chosen.append([(run.num_hidden_layers, run.hidden_size, run.tokens_per_parameter) for run in found.runs])
+    assert chosen[0] == chosen[1] != []

@@ -1,11 +1,13 @@
 """Every named cost against the formulas of one spec, limits by brute force, and refusals that name what would do."""
 
 import math
+import re
 from typing import Any
 
 import pytest
 
 from scantling.costing import cost, train_flops
+from scantling.errors import InputError
 from scantling.hardware import decode_time, load_hardware, prefill_time
 from scantling.laws import load_published
 from scantling.planning import load_plan, plan, screen, shapes
@@ -232,8 +234,6 @@ def test_refusals(keys: dict[str, Any], sentence: str) -> None:
 
 
 def test_the_nearest_change_is_enough() -> None:
-    import re
-
     keys: dict[str, Any] = {**ASK, "constraints": {"decode_seconds": 1e-4}}
     said = refusal(**keys)
     found = re.search(
@@ -247,3 +247,58 @@ def test_the_nearest_change_is_enough() -> None:
     loss = re.search(r"or target.loss to ([\d.]+)", short)
     assert loss
     assert solve(**{**ASK, "target": {"loss": float(loss[1])}, "constraints": {"tokens": 2e10}}).candidates
+
+
+def test_limits_that_contradict_each_other_are_raised_together() -> None:
+    """The change that is named, of several limits at once, is enough; less of any of them is not."""
+    keys: dict[str, Any] = {**ASK, "constraints": {"memory_bytes": 1e9, "training_days": 0.3}}
+    said = refusal(**keys)
+    assert "no shape keeps all limits, whichever one is lifted; the nearest change raises" in said
+    named = dict(re.findall(r"constraints\.(\w+) to ([\d.e+]+)", said))
+    assert set(named) == {"memory_bytes", "training_days"}
+    raised = {name: float(value) for name, value in named.items()}
+    assert solve(**{**keys, "constraints": raised}).candidates
+    for name, value in raised.items():
+        assert "constraints." in refusal(**{**keys, "constraints": {**raised, name: value * 0.99}})
+
+
+@pytest.mark.parametrize("limit", ["memory_bytes", "parameters"])
+def test_real_valued_refusals_name_a_number_that_does(limit: str) -> None:
+    said = ""
+    try:
+        plan(load_plan(GQA, [f"constraints.{limit}=1e6"]))
+    except InputError as error:
+        said = str(error)
+    found = re.search(r"the smallest shape that meets the rest takes ([\d.e+]+) ", said)
+    assert found
+    for factor, does in ((1.0, True), (0.99, False)):
+        asked = load_plan(GQA, [f"constraints.{limit}={float(found[1]) * factor}"])
+        if does:
+            assert plan(asked).candidates
+        else:
+            with pytest.raises(InputError):
+                plan(asked)
+
+
+def test_a_limit_that_hardly_leaves_room_is_met() -> None:
+    """A slit of depths between the target and the memory: the search finds it."""
+    free = plan(load_plan(GQA)).candidates[0]
+    held = plan(load_plan(GQA, [f"constraints.memory_bytes={free.memory_bytes * (1 + 1e-6)!r}"]))
+    assert [(c.num_attention_heads, c.num_key_value_heads) for c in held.candidates] == [(8, 1)]
+    assert held.candidates[0].z == pytest.approx(free.z, rel=1e-9)
+
+
+def test_a_small_target_still_has_a_shape_that_can_be_built() -> None:
+    """The real-valued optimum is narrower than eight key/value heads of 128 are."""
+    answer = solve(target={"loss": 4.6}, space={"num_key_value_heads": 8})
+    assert answer.candidates[0].hidden_size == 1024
+    assert answer.real_optimum.hidden_size < 1024 / 3
+
+
+def test_an_ideal_split_over_devices_says_what_it_leaves_out() -> None:
+    answer = solve(**ASK)
+    best = answer.candidates[0]
+    said = next(note for note in answer.notes if "divide by 2 devices ideally" in note)
+    assert f"{2 * best.num_hidden_layers} of {best.hidden_size * 4 * 2 / 1e3:.4g} kB per decoded step" in said
+    alone = solve(**{**ASK, "serving": {**SERVED, "devices": 1}})
+    assert not any("all-reduces" in note for note in alone.notes)
