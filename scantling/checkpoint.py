@@ -20,16 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scantling.errors import InputError
-from scantling.files import explained, sync_folder
+from scantling.files import SPEC, STATE, checkpoint_folders, explained, step_of, sync_folder
 from scantling.model import Decoder
 from scantling.model.guided import is_guide, plain_name
 from scantling.placement import placed
 from scantling.resolve import spec_from, to_mapping
 from scantling.spec import ModelSpec
 
-SPEC, STATE = "spec.json", "state.json"
 MODEL, OPTIMIZER, AVERAGE, GUIDES = "model", "optimizer", "average", "guides"  # groups of tensors, a file each
-_STEP, _SHARD = re.compile(r"^step_(\d{8,})$"), re.compile(r"-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 Tensors = Mapping[str, Tensor]
 
 
@@ -149,7 +148,7 @@ def save(
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    for old in folders(root)[:-keep]:
+    for old in checkpoint_folders(root)[:-keep]:
         if step_of(old) not in protected:
             shutil.rmtree(old, ignore_errors=True)
     return target
@@ -165,20 +164,6 @@ def _write(path: Path, text: str) -> None:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folders(root: Path) -> list[Path]:
-    """Checkpoint folders below `root`, oldest first; temporary ones are not among them."""
-    if not root.is_dir():
-        return []
-    return sorted((path for path in root.iterdir() if _STEP.match(path.name)), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint folder's name tells."""
-    match = _STEP.match(folder.name)
-    assert match is not None
-    return int(match[1])
 
 
 def load(folder: Path) -> Checkpoint:
@@ -221,7 +206,7 @@ def load_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     for stale in root.glob(".step_*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     passed: list[str] = []
-    for folder in reversed(folders(root)):
+    for folder in reversed(checkpoint_folders(root)):
         try:
             return load(folder), passed
         except InputError as error:

@@ -3,13 +3,17 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scantling.errors import RunError
+from scantling.errors import InputError, RunError
+
+SPEC, STATE = "spec.json", "state.json"  # of a checkpoint
+_STEP = re.compile(r"^step_(\d{8,})$")
 
 
 @contextmanager
@@ -61,3 +65,31 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Checkpoint folders below `root`, oldest first; temporary ones are not among them."""
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if _STEP.match(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint folder's name tells."""
+    match = _STEP.match(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of one checkpoint: the given one, or a run folder's newest.
+
+    Raises:
+        InputError: neither is there.
+    """
+    if (path / STATE).is_file():
+        return path
+    found = checkpoint_folders(path / "checkpoints")
+    if not found:
+        raise InputError(f"{path}: expected a checkpoint folder or a run folder with checkpoints")
+    return found[-1]

@@ -20,7 +20,7 @@ import torch
 from scantling import checkpoint
 from scantling.data.tokens import IdArray, JsonTokenizer, read_tokenizer
 from scantling.errors import InputError
-from scantling.files import write_json, write_text
+from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
 from scantling.hf_classes import DEFAULTS, GPT2_NAMES
 from scantling.hf_config import OPTIONAL
 from scantling.hf_weights import cast, from_hf, main_dtype, to_hf
@@ -119,9 +119,9 @@ def write_checkpoint(
     """
     with new_folder(out, needed(weights)) as temporary:
         written = write_shards(temporary, weights)
-        write_text(temporary / checkpoint.SPEC, json.dumps(to_mapping(spec), indent=1) + "\n")
-        sums = {**written.sha256, checkpoint.SPEC: digest(temporary / checkpoint.SPEC)}
-        write_json(temporary / checkpoint.STATE, {**state, "sha256": sums})
+        write_text(temporary / SPEC, json.dumps(to_mapping(spec), indent=1) + "\n")
+        sums = {**written.sha256, SPEC: digest(temporary / SPEC)}
+        write_json(temporary / STATE, {**state, "sha256": sums})
         if files:
             (temporary / FILES).mkdir()
             for path in files:
@@ -239,16 +239,6 @@ def source_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and CARRIED.fullmatch(path.name))
 
 
-def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint folder itself, or the newest of a run folder."""
-    if (path / checkpoint.STATE).is_file():
-        return path
-    folders = checkpoint.folders(path / "checkpoints")
-    if not folders:
-        raise InputError(f"{path}: expected a checkpoint folder or a run folder with checkpoints")
-    return folders[-1]
-
-
 def open_checkpoint(folder: Path, check: bool = True) -> tuple[ModelSpec, Tensors]:
     """The spec and the weights of a checkpoint folder, tensors read when asked for; averaged weights where it has them.
 
@@ -258,13 +248,13 @@ def open_checkpoint(folder: Path, check: bool = True) -> tuple[ModelSpec, Tensor
     Raises:
         InputError: a file is missing, altered, or not what it should be.
     """
-    state = load(folder / checkpoint.STATE).value
+    state = load(folder / STATE).value
     if check:
         sums = state.get("sha256")
         if not isinstance(sums, dict):
-            raise InputError(f"{folder / checkpoint.STATE}: has no sha256 by file name")
+            raise InputError(f"{folder / STATE}: has no sha256 by file name")
         check_files(folder, sums)
-    spec = spec_from(load(folder / checkpoint.SPEC).value, str(folder / checkpoint.SPEC))
+    spec = spec_from(load(folder / SPEC).value, str(folder / SPEC))
     weights = open_tensors(folder)
     average = folder / f"{checkpoint.AVERAGE}.safetensors"
     if not average.is_file():

@@ -17,7 +17,7 @@ from scantling.hf_classes import MODEL_TYPES
 from scantling.hf_writer import to_hf_config
 from scantling.model import build_meta
 from scantling.spec import ModelSpec
-from scantling.tensor_files import Shape, Tensors
+from scantling.tensor_files import Rows, Shape, Tensors
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BUFFERS = re.compile(
@@ -223,6 +223,10 @@ class View(Tensors):
         one = self.made[name]
         sources = [self.source.tensor(source) for source in one.sources]
         return one.make(*sources).to(one.dtype) if one.make else sources[0]
+
+    def rows(self, name: str) -> Rows:
+        one = self.made[name]
+        return super().rows(name) if one.make else self.source.rows(one.sources[0])
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         one = self.made[name]

@@ -12,7 +12,7 @@ import pandas as pd
 from scantling.errors import InputError
 from scantling.files import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE = "record.json"
 
 
@@ -26,7 +26,8 @@ class RunRecord:
         run_hash, spec_hash: identities carried from the YAML to the last plot.
         config: the resolved run, as in config.yaml.
         params: parameter counts by name (`cost.param_counts`).
-        flops: training FLOPs by convention: `train` (performed: 3 x forward, full attention), `train_causal`, `chinchilla_6nd`.
+        flops: training FLOPs by convention, summed over stages: `train` (performed: 3 x forward, full attention),
+            `train_causal`, `chinchilla_6nd`; `train_cumulative` adds what the parents performed.
         tokens, steps: what was actually trained on.
         final: `train_loss` (mean of the last 5 % of the steps), `validation_loss`, `bits_per_byte`, and
             `validation_std_error` (over validation batches: sampling noise of the split, not seed noise).
@@ -34,7 +35,8 @@ class RunRecord:
         performance: `seconds`, `tokens_per_second`, `mfu` and the measured `ceiling_flops_per_second` it refers to.
         environment: device, threads, precision and versions.
         warnings: what a reader must know, in sentences.
-        parent: run hash of the run this one was grown from, if any.
+        parents: stages of the runs whose weights this one began with, oldest first (`RunConfig.history`).
+        stages: what this run trained: one entry for each model it was, with the receipt of the growth that led into it.
     """
 
     name: str
@@ -53,7 +55,8 @@ class RunRecord:
     environment: dict[str, Any]
     labels: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    parent: str | None = None
+    parents: tuple[dict[str, Any], ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> None:
@@ -80,9 +83,13 @@ def read_record(folder: str | Path) -> RunRecord:
         raise InputError(f"{path}: not a readable record: {error}") from None
     names = {item.name for item in dataclasses.fields(RunRecord)}
     version = value.get("schema_version") if isinstance(value, dict) else None
+    if version == 1:  # before runs could grow
+        kept = {name: item for name, item in value.items() if name != "parent"}
+        value = {**kept, "parents": [], "stages": [], "schema_version": SCHEMA_VERSION}
+        version = SCHEMA_VERSION
     if version != SCHEMA_VERSION or set(value) != names:
         raise InputError(f"{path}: expected a record of schema {SCHEMA_VERSION}, got {version!r} with other keys")
-    return RunRecord(**{**value, "warnings": tuple(value["warnings"])})
+    return RunRecord(**value | {name: tuple(value[name]) for name in ("warnings", "parents", "stages")})
 
 
 def find_records(folder: str | Path) -> list[tuple[Path, RunRecord]]:
@@ -95,8 +102,9 @@ def to_frame(records: Iterable[tuple[Path, RunRecord]], parameters: str = "total
     """One row per finished run, with the columns that laws are fitted to.
 
     Columns: run, family, size, tokens_per_parameter (as planned), seed, cell (the same for all families: what pairs
-    runs), status, N (the parameter count that `parameters` names), D (tokens), M = D/N, C (training FLOPs performed),
-    loss (validation), train_loss, run_hash, spec_hash, folder.
+    runs), status, grown (whether its model grew, or began with another run's weights), N (the parameter count that
+    `parameters` names), D (tokens), M = D/N, C (training FLOPs performed), loss (validation), train_loss, run_hash,
+    spec_hash, folder.
     """
     table = []
     for folder, record in records:
@@ -110,6 +118,7 @@ def to_frame(records: Iterable[tuple[Path, RunRecord]], parameters: str = "total
                 "seed": record.seed,
                 "cell": "-".join(str(record.labels.get(key, "")) for key in ("size", "tokens_per_parameter", "seed")),
                 "status": record.status,
+                "grown": len(record.stages) > 1 or bool(record.parents),
                 "N": count,
                 "D": record.tokens,
                 "M": record.tokens / count,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from scantling import checkpoint
 from scantling.config import RunConfig, run_from
 from scantling.errors import RunError
+from scantling.files import checkpoint_folders
 from scantling.record import RunRecord
 from scantling.training import engine as engines
 from scantling.training import train
@@ -75,7 +75,7 @@ def train_with_stops(config: RunConfig, out: Path, stops: Collection[int]) -> Ru
 
 
 def newest(run: Path) -> Path:
-    return checkpoint.folders(run / "checkpoints")[-1]
+    return checkpoint_folders(run / "checkpoints")[-1]
 
 
 def state(run: Path) -> dict[str, Any]:

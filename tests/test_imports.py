@@ -25,7 +25,7 @@ LAYERS = [
     ["files", "hf_writer"],
     ["data", "recipe"],
     ["measured"],
-    ["guidance"],
+    ["guidance", "lineage"],
     ["memory"],
     ["config"],
     ["record"],

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from scantling import checkpoint
 from scantling.config import run_from
 from scantling.errors import InputError
+from scantling.files import checkpoint_folders, step_of
 from scantling.record import read_record
 from scantling.training import train
 from scantling.training.parallel import refuse
@@ -28,6 +29,10 @@ __all__ = ["text"]
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SETTINGS: dict[str, Any] = {"precision": "float32", "average_decay": 0.9, "evaluate_every": 10, "checkpoint_every": 10}
 TIED: dict[str, Any] = {"tie_word_embeddings": True, "attention_bias": True}
+LARGER: dict[str, Any] = {
+    "hidden_size": [16, 8, 16, 16], "head_dim": [8, 4, 8, 8], "num_hidden_layers": 4, "num_attention_heads": 4,
+    "ffn": {"kind": "dense", "intermediate_size": 40},
+}  # fmt: skip
 CLOSE = 1e-5  # nats: what sums in another order may differ by over 50 steps
 
 
@@ -72,7 +77,7 @@ def same_numbers(one: Path, several: Path) -> None:
 
 def same_files(one: Path, two: Path) -> None:
     """The newest checkpoints' tensors, bit for bit."""
-    newest = [checkpoint.folders(folder / "checkpoints")[-1] for folder in (one, two)]
+    newest = [checkpoint_folders(folder / "checkpoints")[-1] for folder in (one, two)]
     names = sorted(path.name for path in newest[0].glob("*.safetensors"))
     assert names == sorted(path.name for path in newest[1].glob("*.safetensors"))
     for name in names:
@@ -90,8 +95,8 @@ def with_choices_of(other: Path, out: Path) -> Path:
 def back_to(step: int, folder: Path) -> None:
     """The run as if it had been interrupted after `step`."""
     (folder / "record.json").unlink()
-    for newer in checkpoint.folders(folder / "checkpoints"):
-        if checkpoint.step_of(newer) > step:
+    for newer in checkpoint_folders(folder / "checkpoints"):
+        if step_of(newer) > step:
             for file in newer.iterdir():
                 file.unlink()
             newer.rmdir()
@@ -117,9 +122,12 @@ train(again, folder / "again", quiet=True)
 """
 
 
-def test_two_processes_equal_one(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("grows", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(text: Path, tmp_path: Path, grows: bool) -> None:
     """DDP, FSDP, and FSDP interrupted after a step, with recomputed activations: the numbers of one process."""
     run = run_mapping(text, 12)
+    if grows:
+        run["growth"] = [{"at": 0.5, "to": {**run["model"], **LARGER}}]
     (tmp_path / "run.yaml").write_text(dumps(run))
     (tmp_path / "several.py").write_text(textwrap.dedent(SEVERAL))
     done = launched(2, str(tmp_path / "several.py"), str(tmp_path))
@@ -129,7 +137,7 @@ def test_two_processes_equal_one(text: Path, tmp_path: Path) -> None:
     for kind in ("ddp", "fsdp", "again"):
         same_numbers(one, tmp_path / kind)
     same_files(tmp_path / "fsdp", tmp_path / "again")
-    assert checkpoint.load_model(tmp_path / "fsdp").spec == run_from(run, "t").spec
+    assert checkpoint.load_model(tmp_path / "fsdp").spec == run_from(run, "t").final_spec
     for path in (tmp_path / "fsdp/checkpoints").rglob("*"):
         assert path.is_dir() or path.suffix in (".safetensors", ".json")
     back_to(10, tmp_path / "fsdp")  # two processes wrote it, one goes on
@@ -228,7 +236,7 @@ def test_a_killed_worker_ends_all_and_the_next_start_goes_on(text: Path, tmp_pat
     words = ["-m", "scantling", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*LAUNCH, "2", *words], stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
-        if checkpoint.folders(tmp_path / "out/checkpoints"):
+        if checkpoint_folders(tmp_path / "out/checkpoints"):
             break
         time.sleep(0.05)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

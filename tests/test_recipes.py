@@ -14,6 +14,7 @@ from scantling.cli import main
 from scantling.config import RunConfig, run_from
 from scantling.errors import InputError, RunError
 from scantling.evaluate import validation
+from scantling.files import checkpoint_folders, step_of
 from scantling.model import Decoder, build
 from scantling.model.guided import GuidedLinear
 from scantling.recipe import TrainConfig
@@ -268,7 +269,7 @@ def test_the_best_checkpoint_is_kept(
     record = train_with_stops(config, tmp_path / "run", stops)
     assert not left
     assert record.final["best_step"] == best and record.final["best_validation_loss"] == values[best // 2 - 1]
-    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path / "run/checkpoints")] == kept
+    assert [step_of(folder) for folder in checkpoint_folders(tmp_path / "run/checkpoints")] == kept
     assert checkpoint.load(tmp_path / f"run/checkpoints/step_{best:08d}").state["step"] == best
 
 
@@ -424,7 +425,7 @@ def test_deadline_on_the_command_line(corpus: Path, tmp_path: Path, capsys: pyte
     for _ in range(2):
         code, out, err = command(capsys, *words)
         assert code == 1 and out == "" and "deadline reached, saved at step " in err and "Traceback" not in err
-        saved.append(checkpoint.step_of(newest(tmp_path / "run")))
+        saved.append(step_of(newest(tmp_path / "run")))
     assert 0 < saved[0] < saved[1] and not (tmp_path / "run/record.json").exists()
 
 

@@ -109,7 +109,12 @@ def test_an_interrupted_study_goes_on(text: Path, tmp_path: Path) -> None:
     study = small(text, families={"uniform": {}}, sizes=[{"hidden_size": 16}], tokens_per_parameter=[60], workers=1)
     (tmp_path / "study.yaml").write_text(dumps(study.model_dump(mode="json")))
     command = [sys.executable, "-m", "scantling", "study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "s")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     metrics = tmp_path / "s/runs" / studies.cells(study)[0].name / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.stat().st_size > 1000:

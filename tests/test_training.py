@@ -21,6 +21,7 @@ from scantling import checkpoint
 from scantling.config import load_run, resolve_run, run_from
 from scantling.costing import train_flops
 from scantling.errors import InputError, RunError
+from scantling.files import checkpoint_folders
 from scantling.model import build
 from scantling.optim import learning_rate_factor
 from scantling.record import read_record
@@ -57,7 +58,7 @@ def mapping(text: Path, **train_keys: Any) -> dict[str, Any]:
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint's weights, copied out of the mapped file."""
-    loaded = load_file(checkpoint.folders(folder / "checkpoints")[-1] / "model.safetensors")
+    loaded = load_file(checkpoint_folders(folder / "checkpoints")[-1] / "model.safetensors")
     return {name: tensor.clone() for name, tensor in loaded.items()}
 
 
@@ -227,7 +228,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(text: Path, tmp_path: Path) 
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "run the same command to go on" in said
-    assert len(checkpoint.folders(tmp_path / "run/checkpoints")) == 1
+    assert len(checkpoint_folders(tmp_path / "run/checkpoints")) == 1
     assert not (tmp_path / "run/record.json").exists()
 
 
@@ -239,7 +240,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     train(config, tmp_path / "run", quiet=True)
     expected = final_weights(tmp_path / "run")
     (tmp_path / "run/record.json").unlink()
-    newest = checkpoint.folders(tmp_path / "run/checkpoints")[-1]
+    newest = checkpoint_folders(tmp_path / "run/checkpoints")[-1]
     file = newest / "model.safetensors"
     data = bytearray(file.read_bytes())
     if what == "truncate":

@@ -11,6 +11,7 @@ from scantling.cli import (  # noqa: F401  a file of verbs adds them to the app 
     planning,
     reporting,
     specs,
+    timing,
     training,
 )
 from scantling.cli.app import app, main

@@ -18,6 +18,9 @@ def grow(
     new_layers: Literal["copy", "random", "stack"] = "copy",
     free: Literal["initializer", "matching"] = "initializer",
     moments: Literal["mean", "zero"] = "mean",
+    width: Literal["pad", "copies"] = "pad",
+    snr_db: float | None = None,
+    qk_noise: float | None = None,
     text: Path | None = None,
     measure: Annotated[bool, Parameter(negative="--no-measure")] = True,
     json_: Json = False,
@@ -33,13 +36,20 @@ def grow(
             stack repeated (not the same function).
         free: Spread of random entries: the model's initialiser, or that of the tensor they join.
         moments: Where second moments of new entries in old tensors start.
+        width: New coordinates, heads and inner units beside the old ones (pad), or whole copies of the old ones (copies: integer
+            multiples; also where a norm follows the residual sum).
+        snr_db: With copies: noise on them that cancels, by its signal-to-noise ratio in dB (10 is usual); without it copies stay
+            equal for ever.
+        qk_noise: Where head_dim grows under a q/k norm over the whole head: spread of new queries, as a share of the usual
+            (0.001 is usual). Not exact; the receipt says by how much.
         text: A file on whose first tokens logits are compared too.
         measure: Compare logits, find entries no gradient reaches, try one update.
     """
     from scantling import show
     from scantling.growth import Policy, grow_folder
 
-    receipt = grow_folder(checkpoint, to, out, Policy(seed, free, moments, new_layers), text, measure)
+    policy = Policy(seed, free, moments, new_layers, width, snr_db, qk_noise)
+    receipt = grow_folder(checkpoint, to, out, policy, text, measure)
     if json_:
         print_json(receipt.to_json())
     else:

@@ -104,26 +104,34 @@ def grow_value(spec: ModelSpec, index: int, size: int) -> Step:
     return Step("value", text, spec, with_layer(spec, index, v_head_dim=size), changes)
 
 
-def grow_key(spec: ModelSpec, index: int, target: LayerSpec) -> Step:
+def grow_key(spec: ModelSpec, index: int, target: LayerSpec, qk_noise: float | None = None) -> Step:
     """Wider keys and queries (3.4): new key coordinates are zero, old keys make up for a new score scale.
+
+    Args:
+        qk_noise: under a q/k norm whose statistic runs over new coordinates too, the spread of new query rows as a share of
+            the usual. The statistic then moves by about its square, and so does the function; at zero nothing new would learn.
 
     Raises:
         Inexact: rotary frequencies of old pairs would change, or a q/k norm's statistic would.
     """
-    layer = spec.layers[index]
+    layer, norm = spec.layers[index], spec.layers[index].qk_norm
     inside = head_map(index, layer, target)
-    _norm_allows(index, layer, target, inside)
+    noise = qk_noise if over_new(layer, target) else None
+    if noise is None:
+        _norm_allows(index, layer, target, inside)
+    shrunk = 1.0 if noise is None else math.sqrt(layer.head_dim / target.head_dim)
     factor = layer.scale / target.scale
     changes: dict[Dim, Change] = {}
     scales: dict[str, float] = {}
     for at in twins(spec, index):
         for kind, count in (("query", layer.num_attention_heads), ("key", layer.num_key_value_heads)):
             places = in_every(count, inside, layer.head_dim)
-            changes[Dim(kind, at)] = Change(places, "free" if kind == "query" else "zero")
-            changes[Dim(f"{kind}_gain", at)] = Change(inside, "free")
+            changes[Dim(kind, at)] = Change(places, "free", noise or 1.0) if kind == "query" else Change(places, "zero")
+            gains = places if norm is not None and norm.over == "all" else inside
+            changes[Dim(f"{kind}_gain", at)] = Change(gains, "free")
         prefix = f"layers.{at}.self_attn"
-        names = ["k_norm.weight"] if layer.qk_norm else ["k_proj.weight", *["k_proj.bias"] * layer.attention_bias]
-        scales |= {f"{prefix}.{name}": factor for name in names if factor != 1}
+        names = ["k_norm.weight"] if norm else ["k_proj.weight", *["k_proj.bias"] * layer.attention_bias]
+        scales |= {f"{prefix}.{name}": factor * shrunk for name in names} | {f"{prefix}.q_norm.weight": shrunk}
     after = with_layer(
         spec,
         index,
@@ -133,7 +141,26 @@ def grow_key(spec: ModelSpec, index: int, target: LayerSpec) -> Step:
         qk_norm=target.qk_norm,
     )
     text = f"layer {index}: head_dim {layer.head_dim} to {target.head_dim}"
-    return Step("key", text, spec, after, changes, scales)
+    broken = None
+    if noise is not None:
+        broken = (
+            "a q/k norm takes new query coordinates into its statistic, which changes the function by about the square of "
+            f"their spread ({noise:g} of the usual)"
+        )
+        if norm is not None and target.qk_norm is not None and norm.eps == target.qk_norm.eps:
+            broken += ", and by as much as the norm's eps weighs beside a head's mean square"
+    return Step(
+        "key", text, spec, after, changes, {name: value for name, value in scales.items() if value != 1}, broken=broken
+    )
+
+
+def over_new(layer: LayerSpec, target: LayerSpec) -> bool:
+    """Whether a q/k norm's statistic runs over everything before and after, and there is more of it after."""
+    old, new = layer.qk_norm, target.qk_norm
+    whole = old is not None and old.statistic_size in (None, layer.head_dim)
+    return (
+        whole and new is not None and new.statistic_size in (None, target.head_dim) and target.head_dim > layer.head_dim
+    )
 
 
 def _norm_allows(index: int, layer: LayerSpec, target: LayerSpec, inside: Index) -> None:
@@ -146,23 +173,26 @@ def _norm_allows(index: int, layer: LayerSpec, target: LayerSpec, inside: Index)
     if old is None or layer.head_dim == target.head_dim:
         return
     where, size = f"layers[{index}]", old.statistic_size or layer.head_dim
+    almost = "qk_noise: 0.001 (almost exact: new queries start a thousandth of the usual size)"
     if old.over == "all":
         raise Inexact(
             f"{where}: qk_norm over all heads takes its statistic over new coordinates too, so head_dim cannot grow exactly; "
-            "grow v_head_dim instead"
+            f"grow v_head_dim instead, or ask for {almost}"
         )
+    rotary = ""
+    if isinstance(layer.position, Rope):
+        factor = layer.position.partial_rotary_factor * layer.head_dim / target.head_dim
+        rotary = f"rotary positions only there (partial_rotary_factor: {factor:.10g})"
     if new is None or new.statistic_size != size:
         raise Inexact(
             f"{where}: with qk_norm, new key and query coordinates would change its statistic (or, all zero, never learn); "
-            f"expected qk_norm.statistic_size: {size}, so that it stays over the old ones, "
-            f"and rotary positions only there (partial_rotary_factor: {layer.head_dim / target.head_dim:.10g}); "
-            "or grow v_head_dim instead"
+            f"expected qk_norm.statistic_size: {size}, so that it stays over the old ones"
+            f"{', and ' * bool(rotary)}{rotary}; or grow v_head_dim instead, or ask for {almost}"
         )
     if not np.array_equal(inside[:size], np.arange(size)):
         raise Inexact(
             f"{where}: qk_norm.statistic_size: {size} means the first {size} coordinates of a head, but rotary pairs put new "
-            "ones between them; expected rotary positions only on the old ones: "
-            f"partial_rotary_factor: {layer.head_dim / target.head_dim:.10g}"
+            f"ones between them; expected {rotary}"
         )
 
 

@@ -18,13 +18,17 @@ AFTER = {
 }
 
 
-def insert_layers(spec: ModelSpec, target: ModelSpec, places: Sequence[int], fill: str = "copy") -> Step:
+def insert_layers(
+    spec: ModelSpec, target: ModelSpec, places: Sequence[int], fill: str = "copy", widened: bool = False
+) -> Step:
     """The layers of `target` that are none of the model's.
 
     Args:
         places: for each layer of a stack of `spec` its place in a stack of `target`, ascending.
         fill: `copy` (of the old layer before it where shapes agree, its output zeroed), `random` (output zeroed), or `stack`
             (a verbatim copy of layer j mod depth: not the same function).
+        widened: whether the old layers have grown along the stream, and may write zeros there. Behind a norm that starts at
+            zero a copy of these would never learn, so new layers with such norms then have writers of their own.
 
     Raises:
         Inexact: a layer there cannot start as the identity.
@@ -52,6 +56,8 @@ def insert_layers(spec: ModelSpec, target: ModelSpec, places: Sequence[int], fil
                     sources[full] = Moved(old)
                 elif fill != "stack" and _silent(tail, layer.norm_placement):
                     sources[full] = Made("zero")
+                elif widened and layer.norm_placement in AFTER and _silent(tail, "pre"):
+                    sources[full] = Made("free")
                 elif old is not None and _sizes(shapes[full]) == _sizes(old_shapes.get(old, ())):
                     sources[full] = Moved(old)
                 else:

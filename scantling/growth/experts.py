@@ -54,7 +54,13 @@ def upcycle(spec: ModelSpec, index: int, target: MoEFFN) -> Step:
     text = (
         f"layer {index}: {ffn.kind} to {target.num_local_experts} experts, {target.num_experts_per_tok} chosen; {how}"
     )
-    return Step("upcycle", text, spec, after, scales=scales, sources=sources)
+    warning = None
+    if shards > 1:
+        warning = (
+            f"layer {index}: an update of the router parts the {shards} shards of a copy, so the first steps of training change "
+            "the function far more than those of a model with whole copies"
+        )
+    return Step("upcycle", text, spec, after, scales=scales, sources=sources, warning=warning)
 
 
 def writes(tail: str) -> bool:

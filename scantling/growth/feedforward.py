@@ -67,6 +67,13 @@ def inside(ffn: FFN, part: str) -> ExpertFFN:
     return found
 
 
+def common_parts(ffn: FFN, goal: FFN) -> list[str]:
+    """Parts of a feed-forward that two feed-forwards both have."""
+    if isinstance(ffn, MoEFFN) and isinstance(goal, MoEFFN):
+        return ["expert", *["shared_expert"] * (ffn.shared_expert is not None and goal.shared_expert is not None)]
+    return [] if isinstance(goal, MoEFFN) or isinstance(ffn, MoEFFN) else [PLAIN]
+
+
 def with_ffn(spec: ModelSpec, index: int, part: str, new: FFN) -> ModelSpec:
     """The spec with one layer's feed-forward, or a part of it, replaced."""
     ffn = spec.layers[index].ffn

@@ -13,7 +13,7 @@ from torch import Tensor
 from scantling import checkpoint
 from scantling.checkpoint import weights_of
 from scantling.errors import InputError
-from scantling.files import write_json, write_text
+from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
 from scantling.growth.path import path
 from scantling.growth.receipt import Receipt, held_model, measured, not_measured, parameters
 from scantling.growth.steps import Computed, Moved, Step
@@ -22,13 +22,13 @@ from scantling.hf_folder import (
     CONFIG,
     FILES,
     carried_files,
-    checkpoint_folder,
     imported_tokenizer,
     source_files,
     stock_config,
     write_stock,
 )
 from scantling.hf_weights import from_hf
+from scantling.lineage import ancestry
 from scantling.model import Decoder
 from scantling.resolve import load_spec, spec_from, to_mapping
 from scantling.spec import ModelSpec
@@ -45,15 +45,21 @@ MOMENTS: dict[str, Role] = {
 DEFAULT = Policy()
 
 
+def planned(spec: ModelSpec, target: ModelSpec, policy: Policy = DEFAULT) -> list[Step]:
+    """The path from one spec to another that a policy asks for; see `path`."""
+    options = policy.width, policy.snr_db, policy.qk_noise
+    return list(path(spec, target, policy.new_layers, *options))
+
+
 def grow(model: Decoder, to: ModelSpec, policy: Policy = DEFAULT) -> Decoder:
     """A larger model with the same function, in the same dtype.
 
     Raises:
         InputError: the spec cannot be reached exactly; the message names the nearest one that can.
     """
-    steps = path(model.spec, to, policy.new_layers)
+    steps = planned(model.spec, to, policy)
     weights, _ = weights_of(model)
-    return held_model(to, applied(Held(weights), list(steps), policy), next(model.parameters()).dtype)
+    return held_model(to, applied(Held(weights), steps, policy), next(model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,11 @@ def opened(folder: Path) -> Source:
         config, spec = load(folder / CONFIG).value, load_spec(folder / CONFIG)
         return Source(folder, spec, from_hf(open_tensors(folder), config, spec), config, source_files(folder))
     found = checkpoint_folder(folder)
-    sums = load(found / checkpoint.STATE).value.get("sha256")
+    sums = load(found / STATE).value.get("sha256")
     if not isinstance(sums, dict):
-        raise InputError(f"{found / checkpoint.STATE}: has no sha256 by file name")
+        raise InputError(f"{found / STATE}: has no sha256 by file name")
     check_files(found, sums)
-    spec = spec_from(load(found / checkpoint.SPEC).value, str(found / checkpoint.SPEC))
+    spec = spec_from(load(found / SPEC).value, str(found / SPEC))
     return Source(found, spec, open_tensors(found), None, carried_files(found))
 
 
@@ -104,7 +110,7 @@ def grow_folder(
     """
     given = opened(source)
     target = load_spec(to)
-    steps = list(path(given.spec, target, policy.new_layers))
+    steps = planned(given.spec, target, policy)
     grown = applied(given.weights, steps, policy)
     ids = None if text is None else _ids(given, text)
     found = measured(given.spec, steps, given.weights, policy, ids) if measure else not_measured("not asked for")
@@ -125,6 +131,7 @@ def grow_folder(
         optimizer=_optimizer_text(given, policy),
         format="hugging_face" if config is not None else "scantling",
         why_own_format=why,
+        notes=[note for step in steps for note in (step.broken, step.warning) if note is not None],
     )
     if config is not None:
         files = [path for path in given.files if path.name != CONFIG]
@@ -154,23 +161,35 @@ def _write_checkpoint(
     """A checkpoint of ours with its receipt and its parents."""
     state: dict[str, Any] = {"step": 0}
     if given.config is None:
-        state = load(given.folder / checkpoint.STATE).value
+        state = load(given.folder / STATE).value
     kept = {key: value for key, value in state.items() if key != "sha256"}
-    parents: list[Any] = [*kept.get("parents", []), {"spec_hash": given.spec.hash, "step": kept.get("step", 0)}]
+    parents = ancestry(state, str(given.folder)) or [_untold(given, kept)]
     with new_folder(out, needed(grown)) as temporary:
         written = write_shards(temporary, grown)
         for name, tensors in _other_groups(given, steps, policy).items():
             checkpoint.write_tensors(tensors, temporary / f"{name}.safetensors")
-        write_text(temporary / checkpoint.SPEC, json.dumps(to_mapping(target), indent=1) + "\n")
+        write_text(temporary / SPEC, json.dumps(to_mapping(target), indent=1) + "\n")
         write_json(temporary / RECEIPT, receipt.to_json())
         sums = dict(written.sha256)
         for file in sorted(temporary.iterdir()):
             sums.setdefault(file.name, digest(file))
-        write_json(temporary / checkpoint.STATE, {**kept, "parents": parents, "sha256": sums})
+        write_json(temporary / STATE, {**kept, "parents": parents, "stages": [], "sha256": sums})
         if given.files:
             (temporary / FILES).mkdir()
             for file in given.files:
                 shutil.copyfile(file, temporary / FILES / file.name)
+
+
+def _untold(given: Source, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The one parent of a checkpoint that tells nothing of its training."""
+    params = parameters(given.spec)
+    return {
+        "spec_hash": given.spec.hash,
+        "params": params,
+        "steps": state.get("step", 0),
+        "tokens": 0,
+        "train_flops": 0.0,
+    }
 
 
 def _other_groups(given: Source, steps: list[Step], policy: Policy) -> dict[str, dict[str, Tensor]]:

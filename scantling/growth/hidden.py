@@ -47,7 +47,8 @@ def grow_hidden(spec: ModelSpec, target: ModelSpec) -> Step:
     work.stream_changes(kept)
     work.norm_scales()
     work.writer_scales()
-    work.constants(target)
+    for name, factor in constant_scales(spec, target, work.factor).items():
+        work.scales[name] = work.scales.get(name, 1.0) * factor
     for index in range(len(spec.stacks[0])):
         work.changes |= rank_changes(spec, after, index)
     widths = ", ".join(f"{a} to {b}" for a, b in dict.fromkeys(zip(spec.widths, after.widths, strict=True)) if a != b)
@@ -119,7 +120,8 @@ def _refuse(spec: ModelSpec, target: ModelSpec, forms: dict[int | None, Form], c
     if centred and placements != {"pre"}:
         raise Inexact(
             f"layer_norm with norm_placement {', '.join(sorted(placements - {'pre'}))}: the mean of what it leaves in the "
-            "stream depends on the data, so no width grows exactly; grow the feed-forward, heads or head sizes instead"
+            "stream depends on the data, so no padded width grows exactly; expected copies (width: copies) at a whole multiple "
+            f"such as hidden_size {2 * spec.layers[0].hidden_size}, or grow the feed-forward, heads or head sizes instead"
         )
     if centred and len(set(spec.stream_widths)) > 1 and not isinstance(spec.transition, Compress):
         raise Inexact(
@@ -267,36 +269,40 @@ class _Work:
                 if dim.kind == "read" and (inside or between):
                     self.scales[name] = self.scales.get(name, 1.0) / self.factor
 
-    def constants(self, target: ModelSpec) -> None:
-        """Embedding multiplier and logit scale, which tables, final gain or head make up for.
 
-        Raises:
-            Inexact: a tied table without a final norm, or with coordinates that no norm has seen.
-        """
-        spec = self.spec
-        table = self.factor * spec.embedding_multiplier / target.embedding_multiplier
-        logits = target.logits_scaling / spec.logits_scaling
-        names = ["embed_tokens.weight", *["embed_positions.weight"] * spec.learned_positions]
-        self.scales |= dict.fromkeys(names, table)
-        if spec.lm_head_bias:
-            self.scales["lm_head.bias"] = logits
-        if not spec.tie_word_embeddings:
-            bare = self.factor if spec.final_norm is None else 1.0
-            self.scales["lm_head.weight"] = logits / bare
-            return
-        left = logits / table
-        carried = spec.unembedding_size > spec.norm_width and not isinstance(spec.transition, Compress)
-        if math.isclose(left, 1.0, rel_tol=1e-12):
-            return
-        if spec.final_norm is None or carried:
-            raise Inexact(
-                f"tied embeddings without a final norm over all of the head's input: embedding_multiplier "
-                f"{target.embedding_multiplier:g} and logits_scaling {target.logits_scaling:g} leave a factor of {left:g} on "
-                "the logits; expected both as they are, or tie_word_embeddings: false"
-            )
-        self.scales["norm.weight"] = self.scales.get("norm.weight", 1.0) * left
-        if isinstance(spec.final_norm, LayerNorm) and spec.final_norm.bias:
-            self.scales["norm.bias"] = left
+def constant_scales(spec: ModelSpec, target: ModelSpec, factor: float = 1.0, copies: int = 1) -> dict[str, float]:
+    """What tables, final gain and head are multiplied by, so that other constants of embedding and head change nothing.
+
+    Args:
+        factor: what the stream is multiplied by.
+        copies: of every coordinate that the head reads. A head of its own shares its weights out; a tied one cannot, and the
+            final norm's gain (and shift) takes the factor.
+
+    Raises:
+        Inexact: a tied table without a final norm, or with coordinates that no norm has seen.
+    """
+    table = factor * spec.embedding_multiplier / target.embedding_multiplier
+    logits = target.logits_scaling / spec.logits_scaling
+    names = ["embed_tokens.weight", *["embed_positions.weight"] * spec.learned_positions]
+    scales = dict.fromkeys(names, table)
+    if spec.lm_head_bias:
+        scales["lm_head.bias"] = logits
+    if not spec.tie_word_embeddings:
+        return scales | {"lm_head.weight": logits / (factor if spec.final_norm is None else 1.0)}
+    left = logits / (table * copies)
+    if math.isclose(left, 1.0, rel_tol=1e-12):
+        return scales
+    carried = spec.unembedding_size > spec.norm_width and not isinstance(spec.transition, Compress)
+    if spec.final_norm is None or carried:
+        raise Inexact(
+            f"tied embeddings without a final norm over all of the head's input: embedding_multiplier "
+            f"{target.embedding_multiplier:g} and logits_scaling {target.logits_scaling:g} leave a factor of {left:g} on "
+            f"the logits; expected logits_scaling: {target.logits_scaling / left!r}, or tie_word_embeddings: false"
+        )
+    scales["norm.weight"] = left
+    if isinstance(spec.final_norm, LayerNorm) and spec.final_norm.bias:
+        scales["norm.bias"] = left
+    return scales
 
 
 def axes_of_norms(layer: LayerSpec) -> list[str]:

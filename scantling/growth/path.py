@@ -1,16 +1,28 @@
 """The path from one spec to another: which expansions, in which order, or why there is none."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from scantling.errors import InputError
-from scantling.growth.attention import grow_heads, grow_key, grow_value, share_less
+from scantling.growth.attention import grow_heads, grow_key, grow_value, over_new, share_less
+from scantling.growth.copies import grow_by_copies
 from scantling.growth.depth import insert_layers
 from scantling.growth.experts import upcycle
-from scantling.growth.feedforward import PLAIN, grow_inner, grow_rank, inside, materialise, merge_blocks
+from scantling.growth.feedforward import PLAIN, common_parts, grow_inner, grow_rank, inside, materialise, merge_blocks
 from scantling.growth.hidden import LAYER_FIELDS, MODEL_FIELDS, grow_hidden
 from scantling.growth.steps import Inexact, Step
 from scantling.growth.tables import add_biases, grow_positions, grow_vocabulary, untie
-from scantling.parts import FFN, BlockDenseFFN, DenseFFN, ExpertFFN, LowRankFFN, MoEFFN
+from scantling.parts import (
+    FFN,
+    BlockDenseFFN,
+    CarryForward,
+    DenseFFN,
+    ExpertFFN,
+    LowRankFFN,
+    MoEFFN,
+    Transition,
+    Zero,
+)
 from scantling.resolve import to_mapping
 from scantling.spec import LayerSpec, ModelSpec
 from scantling.yamlio import show
@@ -18,24 +30,42 @@ from scantling.yamlio import show
 TRAINING_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 
-def path(spec: ModelSpec, target: ModelSpec, new_layers: str = "copy") -> tuple[Step, ...]:
-    """Expansions from `spec` to `target`, each exact.
+def path(
+    spec: ModelSpec,
+    target: ModelSpec,
+    new_layers: str = "copy",
+    width: str = "pad",
+    snr_db: float | None = None,
+    qk_noise: float | None = None,
+) -> tuple[Step, ...]:
+    """Expansions from `spec` to `target`, each exact but for stacked layers and `qk_noise`.
 
     Args:
         new_layers: what new layers hold; see `insert_layers`.
+        width: how the stream, heads and feed-forwards grow: `pad` or `copies`; see `grow_by_copies`, also for `snr_db`.
+        qk_noise: see `grow_key`.
 
     Raises:
-        InputError: a dimension cannot be reached exactly; the message names the nearest exact target.
+        InputError: a dimension cannot be reached exactly (the message names the nearest exact target), or an option does not fit.
     """
+    if snr_db is not None and (width != "copies" or not math.isfinite(snr_db)):
+        raise InputError(f"snr_db: expected a number of dB, with width: copies; got {snr_db:g} with width: {width}")
+    if qk_noise is not None and not 0 < qk_noise < 1:
+        raise InputError(f"qk_noise: expected a small fraction of the initial spread, such as 0.001, got {qk_noise:g}")
     try:
-        return tuple(_path(spec, target, new_layers))
+        return tuple(_path(spec, target, new_layers, width, snr_db, qk_noise))
     except Inexact as error:
         raise InputError(f"cannot grow exactly: {error}") from None
 
 
-def _path(spec: ModelSpec, target: ModelSpec, new_layers: str) -> Iterator[Step]:
-    places = matched(spec, target)
+def _path(
+    spec: ModelSpec, target: ModelSpec, new_layers: str, width: str, snr_db: float | None, qk_noise: float | None
+) -> Iterator[Step]:
+    start, places = spec, matched(spec, target)
     goal = _without_new_layers(spec, target, places)
+    if spec.transition is None and goal.transition is not None and len(set(goal.stream_widths)) > 1:
+        yield (step := _begun(spec, goal.transition))
+        spec = step.after
     if spec.tie_word_embeddings and not goal.tie_word_embeddings:
         yield (step := untie(spec))
         spec = step.after
@@ -48,11 +78,14 @@ def _path(spec: ModelSpec, target: ModelSpec, new_layers: str) -> Iterator[Step]
         for step in _structure(spec, index, goal.layers[index].ffn):
             yield step
             spec = step.after
+    if width == "copies" and (copies := grow_by_copies(spec, goal, snr_db)) is not None:
+        yield copies
+        spec = copies.after
     if _hidden_differs(spec, goal):
         yield (step := grow_hidden(spec, goal))
         spec = step.after
     for index in range(len(spec.stacks[0])):
-        for step in _layer(spec, index, goal.layers[index]):
+        for step in _layer(spec, index, goal.layers[index], qk_noise):
             yield step
             spec = step.after
     if goal.learned_positions and goal.max_position_embeddings > spec.max_position_embeddings:
@@ -62,9 +95,21 @@ def _path(spec: ModelSpec, target: ModelSpec, new_layers: str) -> Iterator[Step]
         yield (step := grow_vocabulary(spec, goal.vocab_size))
         spec = step.after
     if len(target.layers) != len(spec.layers):
-        yield (step := insert_layers(spec, target, places, new_layers))
+        yield (
+            step := insert_layers(spec, target, places, new_layers, widened=spec.stream_widths != start.stream_widths)
+        )
         spec = step.after
     yield from _rest(spec, target)
+
+
+def _begun(spec: ModelSpec, transition: Transition) -> Step:
+    """A transition for a model of one width, which has not used any so far."""
+    if not isinstance(transition, CarryForward | Zero):
+        raise Inexact(
+            f"transition: {transition.kind} would map the stream where it passes unchanged now; expected carry_forward or zero"
+        )
+    text = f"transition {transition.kind}, which equal widths do not use"
+    return Step("settings", text, spec, spec.replace(transition=transition))
 
 
 def matched(spec: ModelSpec, target: ModelSpec) -> list[int]:
@@ -81,18 +126,20 @@ def matched(spec: ModelSpec, target: ModelSpec) -> list[int]:
     fits = [[_could_become(a, b) for b in new] for a in old]
     if len(old) == len(new):
         return list(range(len(old)))
-    # the cheapest ascending assignment, by distance from an even spread
+    # the cheapest ascending assignment: neighbours that grow alike, then an even spread
     ideal = [round((at + 1) * len(new) / len(old)) - 1 for at in range(len(old))]
-    never = float("inf")
+    never, much = float("inf"), len(new) ** 2
     best: list[list[float]] = [[never] * len(new) for _ in old]
     back: list[list[int]] = [[-1] * len(new) for _ in old]
     for at in range(len(old)):
-        cheapest, where = (0.0, -1) if at == 0 else (never, -1)
-        for place in range(len(new)):
-            if at and place and best[at - 1][place - 1] < cheapest:
-                cheapest, where = best[at - 1][place - 1], place - 1
-            if fits[at][place] and cheapest < never:
-                best[at][place], back[at][place] = cheapest + abs(place - ideal[at]), where
+        for place in (place for place in range(at, len(new)) if fits[at][place]):
+            wider = new[place].hidden_size - old[at].hidden_size
+            ways = [
+                (cost + much * abs(wider - new[where].hidden_size + old[at - 1].hidden_size), where)
+                for where, cost in enumerate(best[at - 1][:place])
+            ]
+            cheapest, back[at][place] = min(ways, default=(never, -1)) if at else (0.0, -1)
+            best[at][place] = cheapest + abs(place - ideal[at])
     end = min(range(len(new)), key=lambda place: best[-1][place])
     if best[-1][end] == never:
         raise Inexact(
@@ -147,7 +194,7 @@ def _biases(spec: ModelSpec, goal: ModelSpec) -> bool:
     return any(wanted and not was for was, wanted in pairs)
 
 
-def _layer(spec: ModelSpec, index: int, goal: LayerSpec) -> Iterator[Step]:
+def _layer(spec: ModelSpec, index: int, goal: LayerSpec, qk_noise: float | None) -> Iterator[Step]:
     """Steps inside one layer: feed-forward, heads, values, keys."""
     for step in _ffn(spec, index, goal.ffn):
         yield step
@@ -174,14 +221,15 @@ def _layer(spec: ModelSpec, index: int, goal: LayerSpec) -> Iterator[Step]:
     if any(getattr(layer, name) != getattr(goal, name) for name in changed):
         _grows(f"layers[{index}].head_dim", layer.head_dim, goal.head_dim)
         _same_norm(index, layer, goal)
-        yield grow_key(spec, index, goal)
+        yield grow_key(spec, index, goal, qk_noise)
 
 
 def _same_norm(index: int, layer: LayerSpec, goal: LayerSpec) -> None:
     old, new = layer.qk_norm, goal.qk_norm
-    if (old is None) != (new is None) or (
-        old is not None and new is not None and (old.over, old.eps) != (new.over, new.eps)
-    ):
+    kept = old == new or (old is not None and new is not None and (old.over, old.eps) == (new.over, new.eps))
+    if old is not None and new is not None and over_new(layer, goal):
+        kept |= old.over == new.over and math.isclose(new.eps, old.eps * layer.head_dim / goal.head_dim, rel_tol=1e-9)
+    if not kept:
         raise Inexact(f"layers[{index}].qk_norm: expected it as it is, got {show(new.model_dump() if new else None)}")
 
 
@@ -209,7 +257,7 @@ def _grows(name: str, old: int, new: int) -> None:
 def _structure(spec: ModelSpec, index: int, goal: FFN) -> Iterator[Step]:
     """Steps that change how a feed-forward is factored, its sizes as they are."""
     ffn = spec.layers[index].ffn
-    for part in _parts(ffn, goal):
+    for part in common_parts(ffn, goal):
         old, new = inside(spec.layers[index].ffn, part), inside(goal, part)
         step = None
         if isinstance(old, BlockDenseFFN) and isinstance(new, BlockDenseFFN) and old.num_blocks != new.num_blocks:
@@ -243,20 +291,13 @@ def _dense(ffn: ExpertFFN) -> DenseFFN:
     )
 
 
-def _parts(ffn: FFN, goal: FFN) -> list[str]:
-    """Parts of a feed-forward that both specs have."""
-    if isinstance(ffn, MoEFFN) and isinstance(goal, MoEFFN):
-        return ["expert", *["shared_expert"] * (ffn.shared_expert is not None and goal.shared_expert is not None)]
-    return [] if isinstance(goal, MoEFFN) or isinstance(ffn, MoEFFN) else [PLAIN]
-
-
 def _ffn(spec: ModelSpec, index: int, goal: FFN) -> Iterator[Step]:
     """Inner width, rank, experts."""
     ffn = spec.layers[index].ffn
     where = f"layers[{index}].ffn"
     if isinstance(ffn, MoEFFN):
         _same_routing(where, ffn, goal)
-    for part in _parts(ffn, goal):
+    for part in common_parts(ffn, goal):
         old, new = inside(spec.layers[index].ffn, part), inside(goal, part)
         for step in _sizes(spec, index, where, part, old, new):
             yield step

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Receipt:
     Attributes:
         steps: the expansions, in order.
         exact: False when a step is no function-preserving one.
+        notes: why it is none, and what else to know before training.
         logit_difference: by precision, the largest absolute difference between logits of old tokens before and after, on
             random ids and on the given text; None with a reason in `not_measured`.
         largest_logit: for scale.
@@ -53,6 +54,7 @@ class Receipt:
     optimizer: str | None = None
     format: str = "scantling"
     why_own_format: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `max_abs_logit_difference` is the float64 one."""

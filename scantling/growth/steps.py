@@ -25,10 +25,20 @@ class Change:
         index: for every new coordinate the old one whose place it takes, -1 where it is new. A repeated one is a copy.
         fill: what tensors hold at new coordinates: `free` (any value preserves the function: random weights, zero biases,
             gains of 1), `zero`, or the `mean` over the old coordinates.
+        spread: of random new weights, as a multiple of the usual.
+        copies: what copies of a coordinate hold, each coordinate having equally many: `whole`, each the old slice, or
+            `shares`, which add up to it. None is `whole` where copies do not get equal gradients.
     """
 
     index: Index
-    fill: Fill
+    fill: Fill = "free"
+    spread: float = 1.0
+    copies: Literal["whole", "shares"] | None = None
+
+    @property
+    def times(self) -> int:
+        """How many copies there are of each coordinate."""
+        return 1 if self.copies is None else len(self.index) // (int(self.index.max()) + 1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,9 @@ class Step:
         changes: by dimension; a tensor changes along each of its axes that lies on one of these.
         scales: what old entries are multiplied by, by the name of the tensor in `after`.
         sources: tensors of `after` that do not come from their namesake.
+        snr_db: signal-to-noise ratio of the noise that makes shares differ and cancels in their sum; None is no noise.
         broken: why the function is not preserved; None when it is.
+        warning: what to know although it is.
     """
 
     rule: str
@@ -92,7 +104,9 @@ class Step:
     changes: Mapping[Dim, Change] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, Source] = field(default_factory=dict)
+    snr_db: float | None = None
     broken: str | None = None
+    warning: str | None = None
 
 
 class Inexact(Exception):
@@ -121,6 +135,11 @@ def in_every(count: int, inner: Index, size: int) -> Index:
     """`count` blocks of `size` old coordinates, each with the same map inside."""
     grown = np.arange(count)[:, None] * size + inner
     return np.where(inner < 0, -1, grown).reshape(-1)
+
+
+def copied(size: int, times: int, blocks: int = 1) -> Index:
+    """Every block of old coordinates `times` in a row: all of them again and again, or with `size` blocks each beside itself."""
+    return np.tile(np.arange(size).reshape(blocks, -1), (1, times)).reshape(-1)
 
 
 def with_layer(spec: ModelSpec, index: int, **changes: object) -> ModelSpec:

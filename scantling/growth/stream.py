@@ -72,6 +72,14 @@ def streams(spec: ModelSpec, target: ModelSpec, kept: Mapping[int | None, int]) 
             f"transition {spec.transition.kind} maps coordinates between widths, which new ones would disturb; the width can "
             "grow exactly with carry_forward, zero or compress, or where all layers are equally wide"
         )
+    if isinstance(spec.transition, Compress):
+        for at, ((a, b), (c, d)) in enumerate(zip(pairwise(widths), pairwise(wanted), strict=True)):
+            if (a == b) != (c == d):
+                where = f"layers[{at}].hidden_size" if at < len(spec.stacks[0]) else "unembedding_size"
+                raise Inexact(
+                    f"{where}: {a} to {b} before it becomes {c} to {d}, but transition compress maps the stream wherever widths "
+                    f"differ, so a map would come or go; expected {'equal' if a == b else 'different'} widths there"
+                )
     found = []
     for each in range(segment[-1] + 1):
         positions = [at for at in range(len(widths)) if segment[at] == each]
@@ -95,6 +103,7 @@ def _stretch(spec: ModelSpec, target: ModelSpec, positions: list[int], kept: Map
     """One coordinate system from every pair of widths in it."""
     names: dict[Pair, str] = {}
     free: set[Pair] = set()  # pairs that may fall outside the rule
+    bound: set[Pair] = set()  # pairs that may not
     last = len(spec.stream_widths) - 1
     blocks = 1
     shuffled = False
@@ -102,20 +111,29 @@ def _stretch(spec: ModelSpec, target: ModelSpec, positions: list[int], kept: Map
         pair = (spec.stream_widths[at], target.stream_widths[at])
         if at in (0, last):
             names.setdefault(pair, "embedding_size" if at == 0 else "unembedding_size")
+            bound.add(pair)
             continue
         index = at - 1
         old, new = spec.stacks[0][index], target.stacks[0][index]
         names.setdefault(pair, f"layers[{index}].hidden_size")
-        if index in kept:
-            free.add(pair)
+        (free if index in kept else bound).add(pair)
         for key in ("attention_input_size", "ffn_output_size"):
             if (was := getattr(old, key)) is not None:
                 names.setdefault((was, getattr(new, key) or new.hidden_size), f"layers[{index}].{key}")
         count, lanes = _blocks(old.ffn)
         blocks, shuffled = math.lcm(blocks, count), shuffled or lanes
-    ruled = {pair: name for pair, name in names.items() if pair not in free}
-    for pair in sorted(free):  # a kept layer follows the rule where it can
-        if all(old != pair[0] for old, _ in ruled):
+    ruled = {pair: name for pair, name in names.items() if pair not in free - bound}
+    for pair in sorted(
+        free - bound
+    ):  # kept layers follow the rule where they can, else they grow like the next narrower one
+        if any(old == pair[0] for old, _ in ruled):
+            continue
+        try:
+            _levels(ruled | {pair: names[pair]})
+        except Inexact:
+            narrow, grown_to = max((each for each in ruled if each[0] < pair[0]), default=(0, 0))
+            ruled[(pair[0], pair[0] + grown_to - narrow)] = names[pair]
+        else:
             ruled[pair] = names[pair]
     levels = _levels(ruled)
     places: list[int] = []

@@ -1,10 +1,11 @@
 """A step applied to tensors: weights, and an optimizer's moments on the same map.
 
-Everything is lazy: a grown tensor is made when asked for, from the one or few it comes from.
+Everything is lazy: rows of a grown tensor are made when asked for, from rows of the tensor it comes from.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from scantling.growth.axes import Axes, Axis, axes
-from scantling.growth.steps import Change, Computed, Fill, Index, Made, Moved, Source, Step
+from scantling.growth.noise import Noise
+from scantling.growth.steps import Change, Computed, Index, Made, Moved, Source, Step
 from scantling.model import build_meta
 from scantling.model.init import spreads
-from scantling.tensor_files import Shape, Tensors
+from scantling.tensor_files import Rows, Shape, Tensors, row_blocks, rows_of
 
-AT_ONCE = 2**22  # entries worked on in float32, whatever the size of the tensor
+DRAWN_AT_ONCE = 2**16  # random numbers of one seed
 
 Role = Literal["weight", "first", "second"]  # a weight; a moment linear in the gradient; one in its square
 
@@ -29,7 +31,7 @@ class Policy:
     """Choices that preserve the function whichever way they are made.
 
     Attributes:
-        seed: of random entries; each tensor draws its own numbers, whatever the order.
+        seed: of random entries; each tensor draws its own numbers, whatever the order and however many rows at a time.
         free: random entries are the model's own initialiser's (`initializer`), or have the standard deviation of the tensor
             they join (`matching`).
         moments: what second moments of new entries in old tensors start from: `mean` (of the tensor: no overshoot), or
@@ -37,12 +39,16 @@ class Policy:
             (specs of AdamW with beta2 0.999).
         new_layers: weights of a new layer: a `copy` of the layer before it where shapes agree, or `random`; its output is
             zero either way. `stack` repeats layers verbatim, which does not preserve the function.
+        width, snr_db, qk_noise: how the width grows, and what copies and new queries under a norm start with; see `path`.
     """
 
     seed: int = 0
     free: Literal["initializer", "matching"] = "initializer"
     moments: Literal["mean", "zero"] = "mean"
     new_layers: Literal["copy", "random", "stack"] = "copy"
+    width: Literal["pad", "copies"] = "pad"
+    snr_db: float | None = None
+    qk_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,94 +103,211 @@ class Grown(Tensors):
         ancestors = self._ancestors(name)
         return self.source.dtype(ancestors[0] if ancestors else self.source.names[0])
 
-    def pieces(self, name: str) -> Iterator[memoryview]:
-        source = self._source(name)
-        if isinstance(source, Moved) and not source.zeroed and not self._touched(name, source.name):
-            return self.source.pieces(source.name)
-        return super().pieces(name)
-
     def _touched(self, name: str, old: str) -> bool:
         return name in self.step.scales or any(axis.dim in self.step.changes for axis in self._old_axes[old])
 
     def tensor(self, name: str) -> Tensor:
-        match self._source(name):
-            case Made(fill, repeats):
-                shape = self.shape(name)
-                made = torch.empty(shape[0] // repeats, *shape[1:], dtype=self.dtype(name))
-                made = made.zero_() if fill == "zero" else self._draw(made, name, None)
-                return made if repeats == 1 else made.repeat_interleave(repeats, 0)
-            case Moved(_, zeroed) if zeroed:
-                return torch.zeros(self.shape(name), dtype=self.dtype(name))
-            case Moved(old, _):
-                tensor, places = self.source.tensor(old), self._old_axes[old]
-                if not self._touched(name, old):
-                    return tensor
-            case Computed(names, compute, _):
-                tensor = compute([self.source.tensor(each) for each in names])
-                places = self._axes[name]
-        tensor = self._scaled(tensor, name)
-        for at, axis in enumerate(places):
-            if axis.dim is not None and (change := self.step.changes.get(axis.dim)) is not None:
-                tensor = self._along(tensor, at, axis, change, name)
-        assert tuple(tensor.shape) == self.shape(name), f"{name}: {tuple(tensor.shape)} is not {self.shape(name)}"
+        source = self._source(name)
+        if isinstance(source, Moved) and not source.zeroed and not self._touched(name, source.name):
+            return self.source.tensor(source.name)
+        rows, tensor = self.rows(name), torch.empty(self.shape(name), dtype=self.dtype(name))
+        for start, end in row_blocks(self.shape(name), self.dtype(name)):
+            tensor[start:end] = rows(start, end)
         return tensor
 
-    def _scaled(self, tensor: Tensor, name: str) -> Tensor:
-        factor = self.step.scales.get(name, 1.0)
-        factor = {"weight": factor, "first": 1 / factor, "second": factor**-2}[self.role]
-        if factor == 1.0:
-            return tensor
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        scaled = torch.empty_like(tensor)
-        pieces = -(-tensor.numel() // AT_ONCE)
-        for new, old in zip(scaled.chunk(pieces), tensor.chunk(pieces), strict=True):
-            new.copy_(old.to(wide) * factor)
-        return scaled
+    def rows(self, name: str) -> Rows:
+        shape, dtype = self.shape(name), self.dtype(name)
 
-    def _along(self, tensor: Tensor, at: int, axis: Axis, change: Change, name: str) -> Tensor:
-        """Old slices where the index says, new ones filled."""
-        old = old_places(axis, change.index, tensor.shape[at])
-        if old.ndim == 2:  # every block has its own places
-            kept = [_gathered(block, at - 1, places) for block, places in zip(tensor, old, strict=True)]
-            grown = torch.stack(kept)
+        def empty(count: int) -> Tensor:
+            return torch.empty((count, *shape[1:]), dtype=dtype)
+
+        match self._source(name):
+            case Made("zero") | Moved(_, True):
+                return lambda start, end: empty(end - start).zero_()
+            case Made(_, 1):
+                return lambda start, end: self._draw(empty(end - start), name, name, start, None)
+            case Made(_, repeats):
+                drawn = self._draw(empty(shape[0] // repeats), name, name, 0, None)
+                return rows_of(drawn.repeat_interleave(repeats, 0))
+            case Moved(before, _):
+                rows, places, old_shape = self.source.rows(before), self._old_axes[before], self.source.shape(before)
+                if not self._touched(name, before):
+                    return rows
+            case Computed(names, compute, _):
+                tensor = compute([self.source.tensor(each) for each in names])
+                rows, places, old_shape = rows_of(tensor), self._axes[name], tuple(tensor.shape)
+        old = _Old(rows, old_shape, dtype, self._factor(name, places))
+        snr_db = self.step.snr_db if self.role == "weight" else None
+        noise = None if snr_db is None else self._noise(name, old, places, snr_db)
+        return lambda start, end: self._grown(name, old, places, start, end, noise)
+
+    def _factor(self, name: str, places: Axes) -> float:
+        """What old entries are multiplied by: weights as the step says, moments as the gradient changes with that.
+
+        Copies share the gradient of what they are copies of.
+        """
+        scale, copies = self.step.scales.get(name, 1.0), 1
+        for change in filter(None, map(self._change, places)):
+            copies *= change.times
+            scale /= change.times if change.copies == "shares" else 1
+        return {"weight": scale, "first": 1 / (scale * copies), "second": (scale * copies) ** -2}[self.role]
+
+    def _noise(self, name: str, old: "_Old", places: Axes, snr_db: float) -> Callable[[Tensor, int], None] | None:
+        """What tells apart the shares of copied inputs (a matrix's last axis)."""
+        *_, out, into = [None, *places]
+        shares = self._change(into) if into is not None else None
+        if out is None or into is None or shares is None or shares.copies != "shares":
+            return None
+        rows, columns = self._change(out), old_places(into, shares.index, into.size)
+        outputs = np.arange(out.size) if rows is None else rows.index
+
+        def matrix(inputs: Index, block: str) -> Noise:
+            def draw(copy: int, pair: int, first: int, last: int) -> Tensor:
+                new = torch.empty(last - first, int(inputs.max()) + 1)
+                return self._normal(new, f"{name} noise {copy} {pair}{block}", first, 1.0)
+
+            return Noise(outputs, inputs, old.power, snr_db, draw)
+
+        if columns.ndim == 1:
+            return matrix(columns, "").add
+        each = [matrix(inputs, f" of {block}") for block, inputs in enumerate(columns)]
+
+        def add(blocks: Tensor, first: int) -> None:
+            for block, noise in zip(blocks, each[first:], strict=False):
+                noise.add(block, 0)
+
+        return add
+
+    def _grown(
+        self,
+        name: str,
+        old: "_Old",
+        places: Axes,
+        start: int,
+        end: int,
+        noise: Callable[[Tensor, int], None] | None,
+    ) -> Tensor:
+        """Rows of a tensor that changes: old ones scaled and in their places along every axis, new ones filled."""
+        change = self._change(places[0])
+        if change is None:
+            grown = old.rows(start, end)
         else:
-            grown = _gathered(tensor, at, old)
-        self._fill(grown, tensor, at, old, change.fill, name)
+            index = change.index[start:end]
+            grown = _gathered(old.rows, (len(index), *old.shape[1:]), old.dtype, 0, index)
+            for a, b in _runs(index < 0):
+                self._fill(grown[a:b], change, name, "0", start + a, old, lambda: old.mean_row)
+        for at, axis in enumerate(places[1:], 1):
+            if (change := self._change(axis)) is not None:
+                grown = self._along(grown, at, axis, change, name, old, start)
+        if noise is not None:
+            noise(grown, start)
+        assert tuple(grown.shape[1:]) == self.shape(name)[1:], f"{name}: {tuple(grown.shape)} of {self.shape(name)}"
         return grown
 
-    def _fill(self, grown: Tensor, old: Tensor, at: int, places: Index, fill: Fill, name: str) -> None:
-        """Set new slices of `grown`, in place."""
-        for view, axis, rows in (
-            [(grown, at, places)] if places.ndim == 1 else zip(grown, [at - 1] * len(grown), places, strict=True)
-        ):
-            for start, end in _runs(rows < 0):
-                new = view.narrow(axis, start, end - start)
-                if self.role == "first" or (self.role == "second" and self.policy.moments == "zero"):
-                    new.zero_()
-                elif self.role == "second":
-                    new.fill_(old.mean().item())
-                elif fill == "zero":
-                    new.zero_()
-                elif fill == "mean":
-                    new.copy_(old.double().mean(at, keepdim=True).to(old.dtype).expand_as(new))
-                else:
-                    self._draw(new, f"{name} {at} {start}", old, name)
+    def _change(self, axis: Axis) -> Change | None:
+        return None if axis.dim is None else self.step.changes.get(axis.dim)
 
-    def _draw(self, new: Tensor, key: str, old: Tensor | None, name: str | None = None) -> Tensor:
-        """Free entries, in place: random weights, zero biases, gains of 1."""
-        name = name or key
+    def _along(self, rows: Tensor, at: int, axis: Axis, change: Change, name: str, old: "_Old", first: int) -> Tensor:
+        """Old columns where the index says, new ones filled, of rows from `first` on."""
+        places = old_places(axis, change.index, rows.shape[at])
+        if places.ndim == 1:
+            return self._placed(rows, at, places, change, name, f"{at}", old, first)
+        blocks = range(first, first + len(rows))  # each has its own places
+        return torch.stack(
+            [
+                self._placed(row, at - 1, places[block], change, name, f"{at} of {block}", old, 0)
+                for row, block in zip(rows, blocks, strict=True)
+            ]
+        )
+
+    def _placed(
+        self, rows: Tensor, at: int, places: Index, change: Change, name: str, key: str, old: "_Old", first: int
+    ) -> Tensor:
+        shape = (*rows.shape[:at], len(places), *rows.shape[at + 1 :])
+        grown = _gathered(lambda start, end: rows.narrow(at, start, end - start), shape, rows.dtype, at, places)
+        for start, end in _runs(places < 0):
+            new = grown.narrow(at, start, end - start)
+            self._fill(new, change, name, f"{key} {start}", first, old, lambda: rows.double().mean(at, keepdim=True))
+        return grown
+
+    def _fill(
+        self, new: Tensor, change: Change, name: str, key: str, first: int, old: "_Old", mean: Callable[[], Tensor]
+    ) -> None:
+        """Set new entries, in place."""
+        if self.role == "second" and self.policy.moments == "mean":
+            new.fill_(old.mean)
+        elif self.role != "weight" or change.fill == "zero":
+            new.zero_()
+        elif change.fill == "mean":
+            new.copy_(mean())
+        else:
+            self._draw(new, name, f"{name} {key}", first, old, change.spread)
+
+    def _draw(self, new: Tensor, name: str, key: str, first: int, old: "_Old | None", share: float = 1.0) -> Tensor:
+        """Free entries of rows from `first` on, in place: random weights, zero biases, gains of 1."""
         if name.endswith("bias"):
             return new.zero_()
         if "norm" in name.split(".")[-2]:
             return new.fill_(1.0)
         spread = self._spreads.get(name)
         if spread is None or (self.policy.free == "matching" and old is not None):
-            spread = float(old.float().std()) if old is not None else float(new.shape[-1]) ** -0.5
-        digest = hashlib.sha256(f"{self.policy.seed} {self.step.text} {key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        for part in new.chunk(-(-new.numel() // AT_ONCE)):
-            part.copy_(torch.empty(part.shape).normal_(0.0, spread, generator=generator))
+            spread = old.spread if old is not None else float(new.shape[-1]) ** -0.5
+        return self._normal(new, key, first, spread * share)
+
+    def _normal(self, new: Tensor, key: str, first: int, spread: float) -> Tensor:
+        """Random numbers of rows from `first` on, in place; a row is the same in any company."""
+        each = max(1, DRAWN_AT_ONCE // max(1, math.prod(new.shape[1:])))
+        last = first + len(new)
+        for block in range(first // each, -(-last // each)):  # whole blocks
+            digest = hashlib.sha256(f"{self.policy.seed} {self.step.text} {key} {block}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            drawn = torch.empty((each, *new.shape[1:])).normal_(0.0, spread, generator=generator)
+            start, end = max(first, block * each), min(last, (block + 1) * each)
+            new[start - first : end - first] = drawn[start - block * each : end - block * each]
         return new
+
+
+@dataclass(frozen=True)
+class _Old:
+    """The tensor that a grown one comes from, times a factor, and what new entries ask of all of it.
+
+    Attributes:
+        read: its rows without the factor.
+    """
+
+    read: Rows
+    shape: Shape
+    dtype: torch.dtype
+    factor: float
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """Its rows; a product in float16 or bfloat16 is rounded once."""
+        rows = self.read(start, end)
+        return rows if self.factor == 1.0 else rows * self.factor
+
+    @cached_property
+    def mean(self) -> float:
+        return float(self.mean_row.mean())
+
+    @cached_property
+    def mean_row(self) -> Tensor:
+        """In float64."""
+        return self._sum(lambda rows: rows.sum(0, keepdim=True)) / self.shape[0]
+
+    @cached_property
+    def power(self) -> float:
+        """Mean square."""
+        return float(self._sum(lambda rows: rows.square().sum())) / math.prod(self.shape)
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation."""
+        square = self._sum(lambda rows: (rows - self.mean).square().sum())
+        return math.sqrt(square / (math.prod(self.shape) - 1))
+
+    def _sum(self, part: Callable[[Tensor], Tensor]) -> Tensor:
+        blocks = row_blocks(self.shape, torch.float64)
+        return torch.stack([part(self.rows(start, end).double()) for start, end in blocks]).sum(0)
 
 
 def old_places(axis: Axis, index: Index, size: int) -> Index:
@@ -209,16 +332,14 @@ def _runs(flags: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> list[tuple[int
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
 
 
-def _gathered(tensor: Tensor, at: int, places: Index) -> Tensor:
-    """A new tensor with old slices in their new places, run by run; the rest is not set."""
-    shape = list(tensor.shape)
-    shape[at] = len(places)
-    grown = torch.empty(shape, dtype=tensor.dtype)
+def _gathered(old: Rows, shape: Shape, dtype: torch.dtype, at: int, places: Index) -> Tensor:
+    """A tensor with old slices along an axis in their new places, run by run; the rest is not set."""
     edges = np.flatnonzero((np.diff(places) != 1) | (places[:-1] < 0)) + 1
     starts = np.concatenate([[0], edges, [len(places)]])
+    grown = torch.empty(shape, dtype=dtype)
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        if places[start] >= 0:
-            grown.narrow(at, start, end - start).copy_(tensor.narrow(at, int(places[start]), end - start))
+        if (place := int(places[start])) >= 0:
+            grown.narrow(at, start, end - start).copy_(old(place, place + end - start))
     return grown
 
 

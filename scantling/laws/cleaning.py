@@ -2,10 +2,12 @@
 
 The rules, in order:
 1. a row whose state says that the run did not end well (diverged, crashed, failed, killed, running) is left out;
-2. a row equal to an earlier one in every column is left out;
-3. a row whose loss is at least `DIVERGED` times that of a run with no more parameters and no more tokens is left out: it
+2. a run whose model grew on the way, or that began with another run's weights, is left out: its parameters and tokens are not
+   those of one model;
+3. a row equal to an earlier one in every column is left out;
+4. a row whose loss is at least `DIVERGED` times that of a run with no more parameters and no more tokens is left out: it
    diverged, or was trained with settings that no law describes;
-4. a row with a value that is not a positive finite number is left out (by the fit itself).
+5. a row with a value that is not a positive finite number is left out (by the fit itself).
 A table whose units contradict each other, or whose runs were trained in several precisions, is refused.
 """
 
@@ -54,6 +56,8 @@ def clean(
     table, said = _in_units(table, dict(units or {}), loss)
     _refuse_precisions(table)
     table, more = _ended(table)
+    said += more
+    table, more = _from_scratch(table)
     said += more
     repeated = _repeated(table) if table.index.name == "line" else np.zeros(len(table), dtype=np.bool_)
     if repeated.any():
@@ -121,6 +125,20 @@ def _ended(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if kept.empty:
         raise InputError(f"no run ended well, column {column!r}: {named}; there is nothing to fit")
     return kept, [f"left out, {column} is not 'finished': {named}"]
+
+
+def _from_scratch(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    if "grown" not in table.columns:
+        return table, []
+    grown = table["grown"].isin([True, "True", "true"]).to_numpy()
+    if not grown.any():
+        return table, []
+    named = shorten(np.array(places(table))[grown].tolist())
+    if grown.all():
+        raise InputError(
+            f"every run was grown or began with another's weights ({named}); a law needs runs from scratch"
+        )
+    return table[~grown], [f"left out, grown or begun with another run's weights: {named}"]
 
 
 def _refuse_precisions(table: pd.DataFrame) -> None:

@@ -128,7 +128,7 @@ class Curve:
                 found = found + size * np.asarray(d, dtype=np.float64) ** -power
         return np.asarray(found if self.outer == 1.0 else found**self.outer, dtype=np.float64)
 
-    def tokens(self, loss: float) -> Floats:
+    def tokens(self, loss: float | Floats) -> Floats:
         """The fewest D that reach a loss, infinite where none do."""
         with np.errstate(all="ignore"):
             left = loss ** (1 / self.outer) - self.floor

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -342,10 +342,15 @@ def _fitted_law(config: PlanConfig, keys: str | ChinchillaKeys) -> Law:
             f"{name} is a law of {', '.join(unknown)}, which no plan has; known are {', '.join(known_columns())}",
         )
     said = fit.conventions.get("N", "")
-    named = re.search(r"matmul_non_embedding|non_embedding|active|total", said)
-    count: Any = config.parameters or (named[0] if named else "total")
+    count = config.parameters or counted(fit)
     reason = (
         "as `parameters` asks" if config.parameters else f"the law says {said!r}" if said else "the law does not say"
     )
     note = f"N is `{count}` parameters ({reason}); `parameters:` changes it."
     return FittedLaw(name, fit, count, note, config.space.variants)
+
+
+def counted(fit: "LawFit") -> ParameterCount:
+    """Which parameters a law's N counts, by its own words; all of them where it does not say."""
+    named = re.search(r"matmul_non_embedding|non_embedding|active|total", fit.conventions.get("N", ""))
+    return cast(ParameterCount, named[0]) if named else "total"

@@ -65,7 +65,8 @@ def _runs(sources: Sources) -> str:
     header = ["run", "status", "run hash", "spec hash", "seed", "N", "tokens", "FLOPs", "validation loss", "time"]
     lines: list[list[object]] = []
     for number, record in enumerate(records):
-        grown = [f"grown from {record.parent[:12]}"] if record.parent else []
+        sizes = [format_count(stage["params"], 4) for stage in (*record.parents, *record.stages[:-1])]
+        grown = [f"grown from {' and '.join(sizes)} parameters"] if sizes else []
         lines.append(
             [
                 *(record.name, record.status, short_hash(record.run_hash), short_hash(record.spec_hash), record.seed),

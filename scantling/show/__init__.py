@@ -15,8 +15,9 @@ from scantling.show.laws import (
 )
 from scantling.show.plans import plan
 from scantling.show.runs import run_table
+from scantling.show.timing import timing
 
 __all__ = [
     "comparison", "coordinates", "cost_json", "cost_tables", "errors_json", "growth", "law", "law_json", "memory_json",
-    "optimum_json", "plan", "prediction", "prediction_json", "run_table", "value_json",
+    "optimum_json", "plan", "prediction", "prediction_json", "run_table", "timing", "value_json",
 ]  # fmt: skip

@@ -18,7 +18,9 @@ def growth(receipt: Any) -> None:
     if receipt.optimizer is not None:
         console.print(f"optimizer: {receipt.optimizer}")
     if not receipt.exact:
-        console.print("This growth does not preserve the function: layers are repeated verbatim.")
+        console.print("This growth does not preserve the function:")
+    for note in dict.fromkeys(receipt.notes):
+        console.print(f"- {note}")
     if receipt.logit_difference is None:
         console.print(f"logits not compared: {receipt.not_measured}")
         return

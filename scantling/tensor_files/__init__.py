@@ -5,7 +5,7 @@ of another is one too, so a conversion is `write_tensors(folder, view_of(open_te
 """
 
 from scantling.tensor_files.reading import open_tensors
-from scantling.tensor_files.tensors import Held, Produced, Shape, Tensors
+from scantling.tensor_files.tensors import Held, Produced, Rows, Shape, Tensors, row_blocks, rows_of
 from scantling.tensor_files.writing import (
     CHECKSUMS,
     Written,
@@ -22,6 +22,7 @@ __all__ = [
     "CHECKSUMS",
     "Held",
     "Produced",
+    "Rows",
     "Shape",
     "Tensors",
     "Written",
@@ -30,6 +31,8 @@ __all__ = [
     "needed",
     "new_folder",
     "open_tensors",
+    "row_blocks",
+    "rows_of",
     "verify",
     "write_shards",
     "write_tensors",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scantling.errors import InputError
-from scantling.tensor_files.tensors import Shape, Tensors, as_bytes
+from scantling.tensor_files.tensors import PIECE_BYTES, Rows, Shape, Tensors, as_bytes
 from scantling.yamlio import show
 
 DTYPES: dict[str, torch.dtype] = {
@@ -37,7 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PIECE_BYTES = 2**20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -81,6 +80,19 @@ class _Files(Tensors):
         with open(place.file, "rb", buffering=0) as file:
             _fill(as_bytes(tensor), file, place.start, name)
         return tensor
+
+    def rows(self, name: str) -> Rows:
+        place = self._place(name)
+        rest = place.shape[1:]
+        row_bytes = math.prod(rest) * place.dtype.itemsize
+
+        def read(start: int, end: int) -> Tensor:
+            tensor = torch.empty((end - start, *rest), dtype=place.dtype)
+            with open(place.file, "rb", buffering=0) as file:
+                _fill(as_bytes(tensor), file, place.start + start * row_bytes, name)
+            return tensor
+
+        return read
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Through one small buffer: fresh memory for every tensor takes longer than reading it."""

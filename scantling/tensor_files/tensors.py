@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Rows = Callable[[int, int], Tensor]  # from a first row to before an end, along the first axis
+PIECE_BYTES = 2**20
 
 
 class Tensors(ABC):
@@ -31,12 +33,18 @@ class Tensors(ABC):
     def tensor(self, name: str) -> Tensor:
         """The tensor, read or computed now; the caller owns it."""
 
-    def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor in order, each piece valid until the next is asked for; one piece unless files know better."""
+    def rows(self, name: str) -> Rows:
+        """What gives rows of a tensor: of one made whole now, unless a source can make them one by one; a number is one row."""
         tensor = self.tensor(name).detach().cpu()
         got, promised = (tuple(tensor.shape), tensor.dtype), (self.shape(name), self.dtype(name))
         assert got == promised, f"{name}: promised {promised}, made {got}"
-        yield as_bytes(tensor)
+        return rows_of(tensor)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor in order, each piece valid until the next is asked for."""
+        rows = self.rows(name)
+        for start, end in row_blocks(self.shape(name), self.dtype(name)):
+            yield as_bytes(rows(start, end))
 
     def size(self, name: str) -> int:
         """Bytes of a tensor."""
@@ -87,6 +95,20 @@ class Produced(Tensors):
 
     def tensor(self, name: str) -> Tensor:
         return self.produce(name)
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """The rows of a tensor in memory, shared with it."""
+    whole = tensor if tensor.ndim else tensor.view(1)
+    return lambda start, end: whole[start:end]
+
+
+def row_blocks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """Rows in order, so many at a time as make a piece of bytes; one row at least."""
+    count, *rest = shape or (1,)
+    each = max(1, PIECE_BYTES // max(1, math.prod(rest) * dtype.itemsize))
+    for start in range(0, count, each):
+        yield start, min(start + each, count)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -7,20 +7,25 @@ import json
 import os
 import shutil
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scantling.errors import InputError, RunError
 from scantling.files import explained, sync_folder, write_json
 from scantling.tensor_files.reading import CODES, INDEX, SINGLE, read_json, readable
-from scantling.tensor_files.tensors import Tensors
+from scantling.tensor_files.tensors import PIECE_BYTES, Tensors
 from scantling.yamlio import show
 
 CHECKSUMS = "checksums.json"
-SHARD_BYTES, MEBIBYTE = 5 * 10**9, 2**20
+SHARD_BYTES = 5 * 10**9
+BUFFERS = 4
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,9 @@ def write_shards(
     files = [f"model-{at:05d}-of-{len(shards):05d}.safetensors" for at in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [SINGLE]
     sums: dict[str, str] = {}
-    for file, names in zip(files, shards, strict=True):
-        sums[file] = _write_shard(folder / file, tensors, names, metadata or {})
+    with _one_thread():
+        for file, names in zip(files, shards, strict=True):
+            sums[file] = _write_shard(folder / file, tensors, names, metadata or {})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": needed(tensors)}, "weight_map": weight_map})
@@ -141,24 +147,76 @@ def _write_shard(path: Path, tensors: Tensors, names: list[str], metadata: Mappi
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    sha256 = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-        _put([memoryview(struct.pack("<Q", len(text)) + text)], file, sha256)
+    with open(path, "wb", buffering=0) as file, _Behind(file) as behind:
+        behind.put(memoryview(struct.pack("<Q", len(text)) + text))
         for name in names:
-            _put(tensors.pieces(name), file, sha256)
-            if tensors.size(name) > MEBIBYTE:
+            _put(tensors.pieces(name), behind)
+            if tensors.size(name) > PIECE_BYTES:
                 _give_back_memory()
+        behind.finish()
         os.fsync(file.fileno())
-    return sha256.hexdigest()
+    return behind.sha256.hexdigest()
 
 
-def _put(pieces: Iterable[memoryview], file: io.FileIO, sha256: Any) -> None:
-    """Hash and write. A function of its own, so that no name outlives the tensor while the next is made."""
+def _put(pieces: Iterable[memoryview], behind: "_Behind") -> None:
+    """A function of its own, so that no name outlives the tensor while the next is made."""
     for piece in pieces:
-        sha256.update(piece)
-        rest = piece
+        behind.put(piece)
+
+
+class _Behind:
+    """Hashes and writes in a thread of its own, through a few small buffers, while the next pieces are made."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file = file
+        self._worker = ThreadPoolExecutor(1)
+        self._begun: deque[Future[bytearray]] = deque()
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def put(self, piece: memoryview) -> None:
+        """A piece, copied.
+
+        Raises:
+            OSError: of an earlier piece.
+        """
+        for start in range(0, len(piece), PIECE_BYTES):
+            part = piece[start : start + PIECE_BYTES]
+            buffer = bytearray(PIECE_BYTES) if len(self._begun) < BUFFERS else self._begun.popleft().result()
+            buffer[: len(part)] = part
+            self._begun.append(self._worker.submit(self._write, buffer, len(part)))
+
+    def finish(self) -> None:
+        """Wait for all of it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        while self._begun:
+            self._begun.popleft().result()
+
+    def _write(self, buffer: bytearray, size: int) -> bytearray:
+        rest = memoryview(buffer)[:size]
+        self.sha256.update(rest)
         while rest:
-            rest = rest[file.write(rest) :]
+            rest = rest[self._file.write(rest) :]
+        return buffer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations on pieces are too small to be shared out, and one core has the hashing and writing to do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _give_back_memory() -> None:

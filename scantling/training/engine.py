@@ -128,7 +128,7 @@ def _chosen(config: RunConfig, world: World) -> Engine:
     torch.set_float32_matmul_precision(float32)  # before anything is timed
     attention: Literal["block", "fused"] = "fused"
     if device == "cpu":
-        attention, why = fastest_attention(config.spec, train.sequence_length, precision)
+        attention, why = fastest_attention(config.final_spec, train.sequence_length, precision)
         reasons.append(why)
     micro = micro_batch(config, world, precision, attention)
     engine = Engine(device, hardware, precision, float32, attention, False, micro, train.deterministic)
@@ -153,9 +153,9 @@ def micro_batch(config: RunConfig, world: World, precision: Precision, attention
     if train.gradient_accumulation_steps is not None:
         return max(1, mine // train.gradient_accumulation_steps)
     guides = config.guidance is not None
-    settings = memory_settings(config.spec.vocab_size, train, precision, world.device, guides)
+    settings = memory_settings(config.final_spec.vocab_size, train, precision, world.device, guides)
     return fit_micro_batch(
-        config.spec,
+        config.final_spec,
         train.sequence_length,
         mine,
         available_memory(world.device) // world.processes_here,
@@ -236,7 +236,7 @@ def compiled_pays(config: RunConfig, engine: Engine, world: World) -> tuple[bool
     seconds = config.train_flops / world.size / (0.6 * matmul_ceiling(engine.precision, engine.device))
     if seconds < COMPILE_AFTER:
         return False, f"compile off: the run takes less than {COMPILE_AFTER / 60:.0f} minutes"
-    model = build(config.spec, seed=0, device=engine.device)
+    model = build(config.final_spec, seed=0, device=engine.device)
     apply(engine, model)
     ids = torch.zeros(min(micro, 4), config.train.sequence_length, dtype=torch.long, device=engine.device)
     try:

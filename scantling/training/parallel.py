@@ -313,7 +313,8 @@ def refuse(config: RunConfig, size: int) -> None:
     if parallel.tensor > 1:
         if parallel.kind != "fsdp":
             faults.append(f"train.parallel: tensor {parallel.tensor} goes with kind fsdp, got {parallel.kind}")
-        faults += _indivisible(config.spec, parallel.tensor)
+        for stage in config.stages:
+            faults += _indivisible(stage.spec, parallel.tensor)
     if size > 1 and parallel.kind == "fsdp":
         if config.guidance is not None:
             faults.append(

@@ -22,7 +22,7 @@ from scantling.record import FILE, RunRecord, read_record
 from scantling.rows import rows
 from scantling.trackers import trackers
 from scantling.training import engine as engines
-from scantling.training import parallel
+from scantling.training import lineage, parallel
 from scantling.training.folder import Interrupt, Metrics, opened_dataset, owned
 from scantling.training.parallel import World
 from scantling.training.state import restore, save
@@ -114,14 +114,21 @@ class _Run:
 
     def __init__(self, config: RunConfig, out: Path, world: World, quiet: bool) -> None:
         self.config, self.out, self.world, self.quiet = config, out, world, quiet
+        growths = lineage.plan(config)
+        self.grows = {stage.first for stage, _ in growths}
         self.dataset: Dataset = world.first(lambda: opened_dataset(config, quiet))
         self.engine = engines.choose(config, out, world)
         self.ceiling = matmul_ceiling(self.engine.precision, self.engine.device)
-        self.table = rows(config.spec)
-        model = build(config.spec, seed=config.train.seed, device=world.building)
+        model = lineage.initial(config, world.building)
         self.stepper = Stepper(config, self.engine, world, self.dataset, model)
         self.state, self.warnings = restore(config, out, self.stepper)
         self.warnings += lacking_for_mup(config.spec, config.train)
+        self.warnings += [
+            f"growth at step {stage.first} is not function-preserving: {step.broken}"
+            for stage, steps in growths
+            for step in steps
+            if step.broken is not None
+        ]
         if self.state.step and not quiet:
             print(f"{out}: going on at step {self.state.step} of {config.steps}", file=sys.stderr)
 
@@ -141,6 +148,7 @@ class _Run:
             self.clock = time.perf_counter()
             while self.state.step < config.steps and not self.state.diverged:
                 self._end_of_guidance()
+                self._grow_if_due()
                 state = self.state
                 waiting.append(self.stepper.step(state.step, state.shift, state.watch.threshold()))
                 state.step += 1
@@ -159,7 +167,11 @@ class _Run:
     def _pauses(self) -> bool:
         """Whether this step ends with an evaluation, a checkpoint or the run."""
         step, last = self.state.step, self.config.steps
-        return self._evaluates(step) or step % self.config.train.checkpoint_every == 0 or step == last
+        return self._evaluates(step) or self._saves(step) or step == last
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint is taken after so many steps: at its rhythm, and where the model is about to grow."""
+        return step % self.config.train.checkpoint_every == 0 or step in self.grows
 
     def _evaluates(self, step: int) -> bool:
         """Whether the run is evaluated after so many steps; at its end `finish` does it."""
@@ -206,7 +218,7 @@ class _Run:
             self.metrics.write(row)
         if step == config.steps:
             self._end_of_guidance()  # which the last step may have been part of
-        if best or step % train.checkpoint_every == 0 or step == config.steps or wanted:
+        if best or self._saves(step) or step == config.steps or wanted:
             save(config, self.out, self.stepper, state)
         self.clock = time.perf_counter()  # evaluations and checkpoints are not training time
         return decision
@@ -216,6 +228,19 @@ class _Run:
         guidance, stepper = self.config.guidance, self.stepper
         if stepper.guided and guidance is not None and self.state.step >= guidance.guided_steps:
             stepper.remove_guides()
+
+    def _grow_if_due(self) -> None:
+        """At a growth the last checkpoint is read back as the larger model; so a kill in between changes nothing."""
+        target = self.config.stage(self.state.step).spec
+        if self.stepper.spec == target:
+            return
+        assert self.state.saved == self.state.step
+        before = self.stepper.spec
+        self.state, _ = restore(self.config, self.out, self.stepper)
+        self.clock = time.perf_counter()
+        if not self.quiet:
+            sizes = [f"{int(param_counts(rows(spec))['total']):,}" for spec in (before, target)]
+            print(f"step {self.state.step}: grown from {sizes[0]} to {sizes[1]} parameters", file=sys.stderr)
 
     def _roll_back(self) -> None:
         """The state of the last checkpoint, with the data since then passed over and the events kept."""
@@ -258,8 +283,10 @@ class _Run:
         if state.best is not None and train.keep_best:
             final |= {"best_validation_loss": state.best[1], "best_step": float(state.best[0])}
         diverged = state.diverged or not all(math.isfinite(value) for value in final.values())
-        costs = flops_per_token(self.table, train.sequence_length)
-        flops = {name: float(costs[name]) * tokens for name in ("train", "train_causal", "chinchilla_6nd")}
+        flops = dict.fromkeys(("train", "train_causal", "chinchilla_6nd"), 0.0)
+        for stage, trained in config.stage_tokens(state.step):
+            costs = flops_per_token(rows(stage.spec), train.sequence_length)
+            flops = {name: total + float(costs[name]) * trained for name, total in flops.items()}
         performed = config.train_flops_after(state.step)
         guides = performed - flops["train"]
         speed = tokens / state.seconds if state.seconds else 0.0
@@ -271,14 +298,15 @@ class _Run:
             name=config.name,
             status="diverged" if diverged else "done",
             run_hash=config.hash,
-            spec_hash=config.spec.hash,
+            spec_hash=self.stepper.spec.hash,
             config=config.to_mapping(),
-            params=param_counts(self.table),
+            params=param_counts(rows(self.stepper.spec)),
             flops={
                 **flops,
                 "train": performed,
                 "train_causal": flops["train_causal"] + guides,
                 "guides": guides,
+                "train_cumulative": performed + sum(float(parent["train_flops"]) for parent in state.parents),
             },
             tokens=tokens,
             steps=state.step,
@@ -308,6 +336,8 @@ class _Run:
             },
             labels=config.labels,
             warnings=(*self.warnings, *state.watch.sentences()),
+            parents=tuple(state.parents),
+            stages=tuple(lineage.described(config, state.step, self.out)),
         )
         if self.world.main:
             record.write(self.out)

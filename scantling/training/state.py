@@ -14,6 +14,7 @@ from scantling.files import explained
 from scantling.model.guided import plain_name
 from scantling.recipe import Guard
 from scantling.training.guard import Watch
+from scantling.training.lineage import Groups, grown_groups, parents
 from scantling.training.parallel import World
 from scantling.training.step import Stepper
 
@@ -29,6 +30,7 @@ class State:
         tail: losses of the last steps.
         best: (step, validation loss) of the best evaluation.
         saved: the step of the newest checkpoint.
+        parents: stages of earlier runs.
     """
 
     watch: Watch
@@ -39,6 +41,7 @@ class State:
     best: tuple[int, float] | None = None
     saved: int = 0
     diverged: bool = False
+    parents: list[dict[str, Any]] = field(default_factory=list)
 
     def note_validation(self, step: int, loss: float) -> bool:
         """Keep a validation loss if it is the best so far, and say whether it is."""
@@ -69,6 +72,7 @@ def _state_from(found: dict[str, Any], guard: Guard) -> State:
         tail=list(found["tail"]),
         best=(int(best[0]), float(best[1])) if best else None,
         saved=step,
+        parents=list(found.get("parents", [])),
     )
 
 
@@ -91,9 +95,15 @@ def save(config: RunConfig, out: Path, stepper: Stepper, state: State) -> None:
         checkpoint.save(
             out / "checkpoints",
             state.step,
-            config.spec,
+            stepper.spec,
             tensors,
-            {"run_hash": config.hash, "data": stepper.dataset.fingerprint, **state.to_json()},
+            {
+                "run_hash": config.hash,
+                "data": stepper.dataset.fingerprint,
+                **state.to_json(),
+                "parents": state.parents,
+                "stages": config.history(state.step),
+            },
             keep=config.train.keep_last,
             protected=protected,
             write=stepper.world.write,
@@ -120,12 +130,14 @@ def _newest(root: Path, world: World) -> tuple[checkpoint.Checkpoint | None, lis
 def restore(config: RunConfig, out: Path, stepper: Stepper) -> tuple[State, list[str]]:
     """The newest whole checkpoint put into the stepper, or a fresh state; and what was passed over, in sentences.
 
+    A checkpoint taken where the model grows is grown on its way in, with a receipt in the run folder.
+
     Raises:
         InputError: the checkpoint belongs to another run.
     """
     found, passed = _newest(out / "checkpoints", stepper.world)
     if found is None:
-        return State(Watch(config.train.guard)), passed
+        return State(Watch(config.train.guard), parents=parents(config)), passed
     if found.state.get("run_hash") != config.hash:
         raise InputError(f"{found.folder}: belongs to another run; delete {out} or choose another --out")
     was, now = found.state.get("data"), stepper.dataset.fingerprint
@@ -138,12 +150,19 @@ def restore(config: RunConfig, out: Path, stepper: Stepper) -> tuple[State, list
         state = _state_from(found.state, config.train.guard)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{found.folder}: its state is not one this version wrote ({error!r})") from None
+    stage = config.stage(state.step)
+    groups: Groups = found.tensors
+    if stage.growth is not None and found.spec != stage.spec:
+        groups = grown_groups(found, stage, out, stepper.world.main)
+        state.watch.losses.clear()  # of another model
+    if stepper.spec != stage.spec:
+        stepper.become(stage.spec)
     guides = found.group(GUIDES)
     if stepper.guided and not guides:
         stepper.remove_guides()
-    checkpoint.restore_weights(stepper.model, found.group(MODEL), guides)
-    checkpoint.restore_optimizer(stepper.model, stepper.optimizers, found.group(OPTIMIZER))
+    checkpoint.restore_weights(stepper.model, groups[MODEL], guides)
+    checkpoint.restore_optimizer(stepper.model, stepper.optimizers, groups.get(OPTIMIZER, {}))
     if stepper.average is not None:
         names = {plain_name(name): name for name in stepper.average.tensors()}
-        stepper.average.load({names.get(name, name): value for name, value in found.group(AVERAGE).items()})
+        stepper.average.load({names.get(name, name): value for name, value in groups.get(AVERAGE, {}).items()})
     return state, passed

@@ -18,8 +18,10 @@ from scantling.model.guided import attach_guides, is_guide, plain_name, remove_g
 from scantling.optim import apply, learning_rate_factor, make_optimizers
 from scantling.placement import local
 from scantling.profile import DATA
+from scantling.spec import ModelSpec
 from scantling.training import engine as engines
 from scantling.training.engine import Engine
+from scantling.training.lineage import initial, started_optimizer
 from scantling.training.parallel import World
 
 
@@ -53,6 +55,12 @@ class Stepper:
         self.config, self.engine, self.world, self.dataset, self.model = config, engine, world, dataset, model
         self.loader = Loader(self)
         self._start()
+        checkpoint.restore_optimizer(self.model, self.optimizers, started_optimizer(config))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's, which growth changes."""
+        return self.model.spec
 
     def _start(self) -> None:
         config = self.config
@@ -85,10 +93,18 @@ class Stepper:
 
     def begin_again(self) -> None:
         """Weights, optimizers, guides and average as at the start of the run, for a restore to fill."""
-        config = self.config
         remove_guides(self.model)
-        fresh = build(config.spec, seed=config.train.seed, device=self.world.building)
-        checkpoint.restore_weights(self.model, checkpoint.weights_of(fresh)[0])
+        fresh = initial(self.config, self.world.building)
+        if self.spec != fresh.spec:
+            self.model = fresh
+        else:
+            checkpoint.restore_weights(self.model, checkpoint.weights_of(fresh)[0])
+        self._start()
+        checkpoint.restore_optimizer(self.model, self.optimizers, started_optimizer(self.config))
+
+    def become(self, spec: ModelSpec) -> None:
+        """A model of another spec, with fresh weights, optimizers and average, for a restore to fill."""
+        self.model = build(spec, seed=self.config.train.seed, device=self.world.building)
         self._start()
 
     def close(self) -> None:
@@ -116,7 +132,7 @@ class Stepper:
         """
         config, train, engine = self.config, self.config.train, self.engine
         alpha = config.guidance.alpha(step) if config.guidance else None
-        factor = learning_rate_factor(train, step, config.steps)
+        factor = learning_rate_factor(train, step, config.steps) * config.growth_factor(step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scantling.checkpoint import weights_of
 from scantling.growth.path import path
+from scantling.growth.receipt import held_model
 from scantling.growth.steps import Step
 from scantling.growth.weights import Policy, applied
 from scantling.model import Decoder, build
@@ -27,13 +28,7 @@ def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.floa
 def grown_model(model: Decoder, steps: Sequence[Step], policy: Policy | None = None) -> Decoder:
     weights, _ = weights_of(model)
     tensors = applied(Held(weights), list(steps), policy or Policy())
-    target = steps[-1].after if steps else model.spec
-    grown = build(target, dtype=next(model.parameters()).dtype)
-    state = {name: tensors.tensor(name) for name in tensors.names}
-    if target.tie_word_embeddings:
-        state["lm_head.weight"] = state["embed_tokens.weight"]
-    grown.load_state_dict(state)
-    return grown.eval()
+    return held_model(steps[-1].after if steps else model.spec, tensors, next(model.parameters()).dtype)
 
 
 def some_ids(spec: ModelSpec, seed: int = 0, shape: tuple[int, int] = (2, 7)) -> Tensor:

@@ -197,7 +197,8 @@ def test_a_checkpoint_grows_with_its_optimizer(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in source.iterdir()} == kept
     loaded = checkpoint.load(tmp_path / "new")
     assert loaded.spec.dump() == target.dump()
-    assert loaded.state["parents"] == [{"spec_hash": spec.hash, "step": 3}] and loaded.state["step"] == 3
+    (parent,) = loaded.state["parents"]
+    assert parent["spec_hash"] == spec.hash and parent["steps"] == loaded.state["step"] == 3
     model = held_model(target, Held(loaded.group("model")), torch.float32)
     shapes = {name: tuple(value.shape) for name, value in weights_of(model)[0].items()}
     for name, value in loaded.group("optimizer").items():

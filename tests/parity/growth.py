@@ -1,9 +1,10 @@
-"""The six expansions of arXiv 2308.06103 as its authors' notebook applies them.
+"""The six expansions of arXiv 2308.06103 as its authors' notebook applies them, and the copies of arXiv 2409.12903.
 
-Their models are no causal language models, so what is compared is the tensors: old entries must sit where theirs do with their
+The models of the first are no causal language models, so what is compared is the tensors: old entries must sit where theirs do with their
 values, and be zero where theirs must be. The expanded model is then run by a few lines of its own.
 """
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from scantling.growth.axes import shapes
+from scantling.growth.copies import grow_by_copies
 from scantling.growth.depth import insert_layers
+from scantling.growth.noise import Noise
 from scantling.growth.path import path
 from scantling.growth.receipt import new_entries
-from scantling.growth.steps import Step
+from scantling.growth.steps import Step, copied
 from scantling.growth.weights import applied
 from scantling.resolve import spec_from
 from scantling.spec import ModelSpec
@@ -28,9 +31,19 @@ DEFAULTS = {"dim_h": 5, "dim_p": 4, "dim_E": 1, "dim_k": 2, "dim_v": 2, "dim_N":
 
 
 def cases(path: Path, data: Any) -> list[Case] | None:
-    if not isinstance(data, dict) or "free_entry_placeholder" not in data:
+    if not isinstance(data, dict) or not {"free_entry_placeholder", "clone_matrix_noise"} & data.keys():
         return None
-    return [Case("expansion", case["name"], partial(_expansion, case)) for case in data["cases"]]
+    if "cases" in data:
+        return [Case("expansion", case["name"], partial(_expansion, case)) for case in data["cases"]]
+    matrices = [
+        Case("copies", f"{case['dst_shape']}{' shared out' * case['normalize']}", partial(_clone, case))
+        for case in data["clone_matrix"]
+    ]
+    others = [
+        Case("copies", "vector", partial(_vector, data["clone_vector"])),
+        Case("copies", "noise", partial(_noise, data["clone_matrix_noise"], data["forward_check"])),
+    ]
+    return matrices + others
 
 
 def _spec(sizes: dict[str, int], eps: float) -> ModelSpec:
@@ -148,3 +161,63 @@ def _run(x: Tensor, weights: dict[str, Tensor], spec: ModelSpec, eps: float) -> 
             y = z @ weights[f"{p}mlp.down_proj.weight"].T + weights[f"{p}mlp.down_proj.bias"]
             x = y if alone else x + y
     return x @ weights["lm_head.weight"].T if "lm_head.weight" in weights else x
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+def _copied(name: str, source: list[Any], spec: ModelSpec, target: ModelSpec, shares: bool = True) -> Tensor:
+    """One tensor of a model grown by copies; without `shares` inputs are repeated undivided too."""
+    step = grow_by_copies(spec, target)
+    assert step is not None
+    if not shares:
+        whole = {dim: dataclasses.replace(change, copies="whole") for dim, change in step.changes.items()}
+        step = dataclasses.replace(step, changes=whole)
+    weights = {each: torch.zeros(shape, dtype=torch.float64) for each, shape in shapes(spec).items()}
+    return applied(Held(weights | {name: torch.tensor(source, dtype=torch.float64)}), [step]).tensor(name)
+
+
+def _sized(hidden: int, inner: int) -> ModelSpec:
+    heads = {"num_attention_heads": 1, "head_dim": 2, "num_hidden_layers": 1, "vocab_size": 3}
+    return spec_from({**heads, "hidden_size": hidden, "intermediate_size": inner})
+
+
+UP, GAIN = "layers.0.mlp.up_proj.weight", "layers.0.input_layernorm.weight"
+
+
+def _matrix(source: list[list[float]], shape: list[int], shares: bool = True) -> Tensor:
+    """A matrix (inner x hidden) copied to a shape."""
+    return _copied(UP, source, _sized(len(source[0]), len(source)), _sized(shape[1], shape[0]), shares)
+
+
+def _clone(case: dict[str, Any], checks: Checks) -> None:
+    checks.close("copied matrix", _matrix(case["src"], case["dst_shape"], case["normalize"]), case["dst"], 1e-15)
+
+
+def _vector(case: dict[str, Any], checks: Checks) -> None:
+    (size,) = case["dst_shape"]
+    checks.close("copied vector", _copied(GAIN, case["src"], _sized(len(case["src"]), 4), _sized(size, 4)), case["dst"])
+
+
+def _noise(case: dict[str, Any], forward: dict[str, Any], checks: Checks) -> None:
+    """Their random numbers, our noise."""
+    out, into = len(case["src"]), len(case["src"][0])
+    more, wide = (new // old for new, old in zip(case["dst_shape"], (out, into), strict=True))
+    generator = torch.Generator().manual_seed(case["torch_seed"])
+    drawn = {
+        (copy, pair): torch.randn(out, into, dtype=torch.float64, generator=generator)
+        for copy in range(more)
+        for pair in range(wide // 2)
+    }
+    grown, inputs = _matrix(case["src"], case["dst_shape"]), copied(into, wide)
+    power = float(grown.square().mean())
+    noise = Noise(
+        copied(out, more), inputs, power, case["snr_db"], lambda copy, pair, first, last: drawn[copy, pair][first:last]
+    )
+    noise.add(grown, 0)
+    checks.close("noisy copies", grown, case["dst"], 1e-14)
+    checks.close("sums of the copies", sum(grown.chunk(wide, 1)), case["block_sum"], 1e-14)
+    x = torch.tensor(forward["x"], dtype=torch.float64)
+    source = torch.tensor(case["src"], dtype=torch.float64)
+    checks.close("their output", x @ source.T, forward["y"], 1e-14)
+    checks.close("output of the copies", x[:, inputs] @ grown.T, forward["y_cloned"], 1e-14)

@@ -1,0 +1,135 @@
+"""Weights that come from elsewhere: the checkpoint a run starts from, and a checkpoint grown into the run's next model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scantling import checkpoint
+from scantling.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
+from scantling.config import RunConfig
+from scantling.errors import InputError
+from scantling.files import write_json
+from scantling.growth import Policy, Receipt, grown_state, path
+from scantling.growth.receipt import measured, parameters
+from scantling.growth.steps import Step
+from scantling.growth.weights import applied
+from scantling.lineage import GrowthEntry, Stage, ancestry
+from scantling.model import Decoder, build
+from scantling.tensor_files import Held
+from scantling.yamlio import load
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def initial(config: RunConfig, device: str) -> Decoder:
+    """The model as the run begins: random weights, or those of the checkpoint it starts from.
+
+    Raises:
+        InputError: the checkpoint is gone or damaged.
+    """
+    model = build(config.spec, seed=config.train.seed, device=device)
+    if config.start is not None:
+        checkpoint.restore_weights(model, _started_from(config).group(MODEL))
+    return model
+
+
+def started_optimizer(config: RunConfig) -> dict[str, Tensor]:
+    """The optimizer state the run begins with: none, or that of the checkpoint it starts from."""
+    if config.start is None or config.start.optimizer == "fresh":
+        return {}
+    found = _started_from(config)
+    if not found.group(OPTIMIZER):
+        raise InputError(f"{found.folder}: has no optimizer state; set start.optimizer: fresh")
+    return found.group(OPTIMIZER)
+
+
+def parents(config: RunConfig) -> list[dict[str, Any]]:
+    """The stages of earlier runs that led to this one, oldest first."""
+    return [] if config.start is None else ancestry(_started_from(config).state, str(config.start.folder))
+
+
+def _started_from(config: RunConfig) -> Checkpoint:
+    assert config.start is not None
+    return checkpoint.load(config.start.folder)
+
+
+def plan(config: RunConfig) -> list[tuple[Stage, tuple[Step, ...]]]:
+    """The expansions that lead into each stage but the first.
+
+    Raises:
+        InputError: some target cannot be reached exactly; the message names the nearest that can.
+    """
+    found, before = [], config.spec
+    for number, stage in enumerate(config.stages[1:]):
+        assert stage.growth is not None
+        try:
+            found.append((stage, path(before, stage.spec, stage.growth.new_layers)))
+        except InputError as error:
+            raise InputError(*(f"growth[{number}].to: {fault}" for fault in error.faults)) from None
+        before = stage.spec
+    return found
+
+
+def grown_groups(found: Checkpoint, stage: Stage, out: Path, main: bool) -> Groups:
+    """A checkpoint's weights, average and optimizer state, grown into a stage; the main process writes the receipt."""
+    assert stage.growth is not None
+    entry, policy = stage.growth, _policy(stage.growth)
+    steps = path(found.spec, stage.spec, entry.new_layers)
+    if main:
+        _write_receipt(out, found, stage, steps)
+
+    def group(name: str) -> dict[str, Tensor]:
+        tensors = applied(Held(found.group(name)), list(steps), policy)
+        return {each: tensors.tensor(each).clone() for each in tensors.names}
+
+    groups: dict[str, dict[str, Tensor]] = {MODEL: group(MODEL)}
+    if found.group(AVERAGE):
+        groups[AVERAGE] = group(AVERAGE)
+    if entry.moments != "fresh":
+        groups[OPTIMIZER] = grown_state(found.group(OPTIMIZER), list(steps), policy)
+    return groups
+
+
+def _write_receipt(out: Path, found: Checkpoint, stage: Stage, steps: tuple[Step, ...]) -> None:
+    """The receipt of a growth within a run, measured and written into the run folder."""
+    assert stage.growth is not None
+    with torch.random.fork_rng(devices=[]):  # measuring must not move the run's random numbers
+        proof = measured(found.spec, list(steps), Held(found.group(MODEL)), _policy(stage.growth))
+    receipt = Receipt(
+        str(found.folder),
+        str(out),
+        [{"rule": step.rule, "text": step.text} for step in steps],
+        all(step.broken is None for step in steps),
+        parameters(found.spec),
+        parameters(stage.spec),
+        **proof,
+        optimizer=f"moments {stage.growth.moments}",
+    )
+    write_json(receipt_path(out, stage), receipt.to_json())
+
+
+def receipt_path(out: Path, stage: Stage) -> Path:
+    """Where the receipt of the growth into a stage lies."""
+    return out / f"growth_{stage.first:08d}.json"
+
+
+def _policy(entry: GrowthEntry) -> Policy:
+    return Policy(
+        seed=entry.seed,
+        free=entry.free,
+        moments="zero" if entry.moments == "zero" else "mean",
+        new_layers=entry.new_layers,
+    )
+
+
+def described(config: RunConfig, steps: int, out: Path) -> list[dict[str, Any]]:
+    """The stages of the first `steps` steps, each with the receipt of the growth that led into it."""
+    found = config.history(steps)
+    receipts = [receipt_path(out, stage) for stage in config.stages]
+    return [
+        {**entry, **({"receipt": load(path).value} if path.is_file() else {})}
+        for entry, path in zip(found, receipts, strict=False)
+    ]
