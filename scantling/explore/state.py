@@ -34,6 +34,7 @@ MINIMIZED = (
 NONE = "none"  # no served tokens, no device
 MAX_QUERY, MAX_VALUE = 2000, 60  # characters
 MOST = 1e40  # of any amount
+FIRST = "first-plan.yaml"  # written by the command of a page without a plan of the user's
 
 
 def number_text(value: float, digits: int = 12) -> str:
@@ -211,11 +212,12 @@ def plan_yaml(base: Base, state: State) -> str:
 
 
 def command(base: Base, state: State) -> str:
-    """The command that answers as the page does."""
-    words = ["scantling", "plan", base.name or "plan.yaml"]
+    """The command that answers as the page does; without a plan of the user's it writes the one the page began with first."""
+    words = ["scantling", "plan", base.name or FIRST]
     for override in overrides(base, state):
         words += ["--set", override]
-    return shlex.join(words)
+    first = "" if base.name else f"[ -e {FIRST} ] || scantling init plan --out {FIRST}; "
+    return first + shlex.join(words)
 
 
 def current(base: Base, state: State) -> Mapping[str, str]:

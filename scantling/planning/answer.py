@@ -183,21 +183,22 @@ def _best_point(problem: Problem, shapes: Shapes, priced: Priced) -> FrontPoint 
     )
 
 
-def memory_front(problem: Problem, shapes: Shapes, quote: Priced) -> tuple[MemoryPoint, ...]:
-    """The shapes that will do and that no other beats in both memory and FLOPs: of the life, of training, or of a context."""
+def memory_front(problem: Problem, shapes: Shapes, quote: Priced) -> tuple[str, tuple[MemoryPoint, ...]]:
+    """The shapes that will do and that no other beats in both memory and FLOPs, and which: `lifetime_flops`, or `flops` (of one
+    context) where the convention counts these or the life's are the same for all."""
     found = outcome(problem, shapes, quote)
     does = np.flatnonzero(np.isfinite(found.score))
     memory = np.broadcast_to(np.asarray(quote.memory_bytes, dtype=np.float64), found.tokens.shape)[does]
-    work = found.training_flops + found.serving_flops
+    cost, work = "lifetime_flops", found.training_flops + found.serving_flops
     if problem.config.convention == "paper-figure-2" or not np.ptp(work[does]) > 1e-9 * work[does].max():
-        work = np.broadcast_to(np.asarray(quote.flops, dtype=np.float64), found.tokens.shape)
+        cost, work = "flops", np.broadcast_to(np.asarray(quote.flops, dtype=np.float64), found.tokens.shape)
     work = work[does]
     order = np.lexsort((work, memory))
     least = np.minimum.accumulate(work[order])
     kept = order[np.flatnonzero(np.r_[True, least[1:] < least[:-1]])]
     kept = kept[np.unique(np.linspace(0, len(kept) - 1, 25).round().astype(int))]
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return tuple(
+    return cost, tuple(
         MemoryPoint(float(memory[i]), float(work[i]), **{name: float(getattr(shapes, name)[does[i]]) for name in names})
         for i in kept
     )

@@ -191,7 +191,8 @@ class Plan:
         notes: conventions, what was held fixed, extrapolation, near-ties.
         serving: context (the largest), contexts with shares, batch, dtype, devices and tokens.
         sensitivity: the choice at half and double the context, served tokens, batch and price.
-        memory_front: memory against the FLOPs of the plan (lifetime, or of one context), over all shapes that will do.
+        memory_front: memory against FLOPs, over all shapes that will do; `memory_front_cost` says which: lifetime_flops, or
+            flops of one context.
         no_probability: why no candidate has a probability of being best.
         next: the runs to train next, where the plan asks.
         study: YAML of a study that would put the choice to the test.
@@ -211,6 +212,7 @@ class Plan:
     serving: dict[str, Any]
     sensitivity: tuple[Sensitivity, ...] = ()
     memory_front: tuple[MemoryPoint, ...] = ()
+    memory_front_cost: str = "lifetime_flops"
     no_probability: str | None = None
     study: str | None = None
     next: NextRuns | None = None

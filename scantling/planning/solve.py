@@ -78,6 +78,7 @@ def plan(config: PlanConfig) -> Plan:
         near = pool.take(ranked(outcome(problem, pool, quote).score, NEAR))
         sure = with_probabilities(problem, candidates, shapes, near, problem.price(near))
     real_optimum = real[0] if real else candidates[0]
+    memory_cost, memory = memory_front(problem, pool, quote)
     serving = config.serving
     return Plan(
         minimize=config.objective,
@@ -103,7 +104,8 @@ def plan(config: PlanConfig) -> Plan:
             "tokens": serving.tokens,
         },
         sensitivity=turned,
-        memory_front=memory_front(problem, pool, quote),
+        memory_front=memory,
+        memory_front_cost=memory_cost,
         study=testing_study(problem, candidates),
         next=next_runs(problem, kinds, candidates, pool, quote),
         no_probability=None if sure[0].probability_best is not None else problem.law.no_draws,

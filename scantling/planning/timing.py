@@ -136,7 +136,7 @@ class Timing:
         if len(self.legs) > 1:
             lines.append("growth:")
         for share, leg in zip(shares(self.legs), self.legs[1:], strict=True):
-            lines += [f"  - at: {share:.4f} of tokens", f"    to: {self.shapes[leg.shape].name}"]
+            lines += [f"  - at: {share:.6g} of tokens", f"    to: {self.shapes[leg.shape].name}"]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def memory_front(plan: Mapping[str, Any], height: int = 400) -> tuple[go.Figure 
     points = plan.get("memory_front") or ()
     if not points:
         return None, ""
-    key = _front_flops(plan)
+    key = plan.get("memory_front_cost", "lifetime_flops")
     marks = [
         (c["memory_bytes"], c[key], f"{k + 1}. {shape_words(c)}")
         for k, c in enumerate(plan["candidates"])
@@ -242,15 +242,6 @@ def memory_front(plan: Mapping[str, Any], height: int = 400) -> tuple[go.Figure 
     what = "FLOPs of one context" if key == "flops" else cost_name(key)
     caption = f"Memory while serving against {what}: the shapes that no other beats in both, and the candidates"
     return _front(line, marks, GIB, "memory: weights and KV cache (GiB)", what, height, True), caption
-
-
-def _front_flops(plan: Mapping[str, Any]) -> str:
-    """Which FLOPs the memory front holds, of the life or of one context: those that its points are nearer to."""
-    best = plan["candidates"][0]
-    points = sorted(point["flops"] for point in plan["memory_front"])
-    middle = points[len(points) // 2]
-    there = [key for key in ("lifetime_flops", "flops") if best.get(key)]
-    return min(there, key=lambda key: abs(math.log(best[key] / middle)), default="lifetime_flops")
 
 
 Points = Sequence[tuple[float, float, str]]

@@ -37,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+AHEAD_BYTES = 2**22
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -106,8 +107,10 @@ class _Files(Tensors):
 
 
 def _fill(buffer: memoryview, file: io.FileIO, start: int, name: str) -> None:
-    """Read as many bytes as the buffer holds."""
+    """Read as many bytes as the buffer holds; the disk is asked for the next ones already."""
     with readable(Path(file.name)):
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), start + len(buffer), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         while buffer and (count := os.preadv(file.fileno(), [buffer], start)):
             buffer, start = buffer[count:], start + count
     if buffer:

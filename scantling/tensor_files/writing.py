@@ -165,19 +165,20 @@ def _put(pieces: Iterable[memoryview], behind: "_Behind") -> None:
 
 
 class _Behind:
-    """Hashes and writes in a thread of its own, through a few small buffers, while the next pieces are made."""
+    """Hashes and writes in threads of their own, through a few small buffers, while the next pieces are made."""
 
     def __init__(self, file: io.FileIO) -> None:
         self.sha256 = hashlib.sha256()
         self._file = file
-        self._worker = ThreadPoolExecutor(1)
-        self._begun: deque[Future[bytearray]] = deque()
+        self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._begun: deque[tuple[bytearray, Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> "_Behind":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        for worker in (self._hashing, self._writing):
+            worker.shutdown(cancel_futures=True)
 
     def put(self, piece: memoryview) -> None:
         """A piece, copied.
@@ -187,9 +188,11 @@ class _Behind:
         """
         for start in range(0, len(piece), PIECE_BYTES):
             part = piece[start : start + PIECE_BYTES]
-            buffer = bytearray(PIECE_BYTES) if len(self._begun) < BUFFERS else self._begun.popleft().result()
+            buffer = bytearray(PIECE_BYTES) if len(self._begun) < BUFFERS else self._ended()
             buffer[: len(part)] = part
-            self._begun.append(self._worker.submit(self._write, buffer, len(part)))
+            given = memoryview(buffer)[: len(part)]
+            hashed, written = self._hashing.submit(self.sha256.update, given), self._writing.submit(self._write, given)
+            self._begun.append((buffer, hashed, written))
 
     def finish(self) -> None:
         """Wait for all of it.
@@ -198,14 +201,18 @@ class _Behind:
             OSError: it could not be written.
         """
         while self._begun:
-            self._begun.popleft().result()
+            self._ended()
 
-    def _write(self, buffer: bytearray, size: int) -> bytearray:
-        rest = memoryview(buffer)[:size]
-        self.sha256.update(rest)
+    def _ended(self) -> bytearray:
+        """The oldest buffer, once it is hashed and written."""
+        buffer, hashed, written = self._begun.popleft()
+        hashed.result()
+        written.result()
+        return buffer
+
+    def _write(self, rest: memoryview) -> None:
         while rest:
             rest = rest[self._file.write(rest) :]
-        return buffer
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """States: what a query may say, that it survives the trip to a URL and back, and that page, command and file are one plan."""
 
 import itertools
+import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,17 @@ def test_page_command_and_file_are_one_plan(name: str, query: str, tmp_path: Pat
     else:
         assert [len(mine)] * 2 == [len(commanded), len(exported)]
         assert not isinstance(commanded, dict) and not isinstance(exported, dict)
+
+
+def test_without_a_plan_the_command_writes_one_first(tmp_path: Path) -> None:
+    """As a shell runs it, in an empty folder, and again where the file is."""
+    base = BASES["default"]
+    state = read_state("serving.context=16384", base)
+    said = command(base, state).replace("scantling ", f"{sys.executable} -m scantling ") + " --json"
+    for _ in range(2):
+        done = subprocess.run(["sh", "-c", said], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout[done.stdout.index("{") :])["serving"]["context"] == 16384
 
 
 def test_an_answer_is_the_one_of_the_plan_written_by_hand() -> None:

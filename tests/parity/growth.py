@@ -1,7 +1,7 @@
 """The six expansions of arXiv 2308.06103 as its authors' notebook applies them, and the copies of arXiv 2409.12903.
 
-The models of the first are no causal language models, so what is compared is the tensors: old entries must sit where theirs do with their
-values, and be zero where theirs must be. The expanded model is then run by a few lines of its own.
+The models of the first are no causal language models, so what is compared is the tensors: old entries must sit where theirs do
+with their values, and be zero where theirs must be. The expanded model is then run by a few lines of its own.
 """
 
 import dataclasses

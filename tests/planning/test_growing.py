@@ -356,7 +356,7 @@ def test_verb_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert found["legs"][0]["from_loss"] is None and found["legs"][1]["shape"] == str(large)
     assert found["flops"] == pytest.approx(sum(leg["flops"] for leg in found["legs"]))
     share = found["legs"][0]["tokens"] / found["run_tokens"]
-    assert f"at: {share:.4f} of tokens\n    to: {large}" in found["run_config"]
+    assert f"at: {share:.6g} of tokens\n    to: {large}" in found["run_config"]
     assert "stacked layers" in " ".join(found["notes"])
     run = (
         f"name: grown\nmodel:\n{''.join('  ' + line + chr(10) for line in small.read_text().splitlines())}"
