@@ -10,13 +10,12 @@ one's less keeps the function and tells them apart.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from scantling.growth.axes import Dim, axes
 from scantling.growth.feedforward import common_parts, inside, parts_of, with_ffn
 from scantling.growth.hidden import constant_scales
 from scantling.growth.steps import Change, Index, Inexact, Step, copied, in_blocks, with_layer
-from scantling.parts import BlockDenseFFN, BlockShuffleFFN, CarryForward, Compress, MoEFFN, Norm, Zero
+from scantling.parts import BlockDenseFFN, BlockShuffleFFN, CarryForward, Compress, Norm, Zero
 from scantling.spec import LayerSpec, ModelSpec
 
 NOISE = 10.0  # dB; the paper's noisy variants
@@ -24,11 +23,7 @@ EQUAL = (
     "the copies are equal and get equal gradients: without dropout they stay equal however long the model trains, and add "
     f"nothing to what it can learn; snr_db {NOISE:g} tells them apart by noise that cancels"
 )
-COPIES: dict[str, Literal["whole", "shares"]] = {
-    "read": "shares",
-    "context": "shares",
-    "inner_used": "shares",
-}  # else whole
+ADDED_UP = ("read", "context", "inner_used")  # kinds of dimension whose coordinates a matrix adds up
 
 
 def grow_by_copies(spec: ModelSpec, target: ModelSpec, snr_db: float | None = None) -> Step | None:
@@ -48,7 +43,9 @@ def grow_by_copies(spec: ModelSpec, target: ModelSpec, snr_db: float | None = No
             texts.setdefault(text, []).append(index)
     if not texts and times.embedding == 1:
         return None
-    changes = {dim: Change(places, copies=COPIES.get(dim.kind, "whole")) for dim, places in _maps(spec, times)}
+    changes = {
+        dim: Change(places, copies="shares" if dim.kind in ADDED_UP else "whole") for dim, places in _maps(spec, times)
+    }
     scales = constant_scales(spec, target, copies=times.stream) if times.stream > 1 else {}
     how = "equal copies" if snr_db is None else f"copies that differ by noise of {snr_db:g} dB"
     what = "; ".join(
@@ -115,15 +112,15 @@ def _ratio(name: str, old: int, new: int) -> int:
 
 def _stream(spec: ModelSpec, target: ModelSpec) -> tuple[int, int]:
     """Copies of the stream and of the embedding."""
+    sizes = {
+        f"layers[{index}].hidden_size": (old.hidden_size, new.hidden_size)
+        for index, (old, new) in enumerate(zip(spec.stacks[0], target.stacks[0], strict=True))
+    }
     widths, wanted = spec.stream_widths, target.stream_widths
-    names = [
-        "embedding_size",
-        *[f"layers[{index}].hidden_size" for index in range(len(widths) - 2)],
-        "unembedding_size",
-    ]
+    sizes |= {"embedding_size": (widths[0], wanted[0]), "unembedding_size": (widths[-1], wanted[-1])}
     projected = spec.branches is not None and spec.branches.entry == "projection"
-    found = {name: _ratio(name, old, new) for name, old, new in zip(names, widths, wanted, strict=True)}
-    first = names[1]
+    found = {name: _ratio(name, old, new) for name, (old, new) in sizes.items()}
+    first = next(iter(found))
     for name, times in found.items():
         if times != found[first]:
             raise Inexact(
@@ -221,42 +218,29 @@ def _maps(spec: ModelSpec, times: _Times) -> Iterator[tuple[Dim, Index]]:
 
 
 def _of_heads(dim: Dim, layer: LayerSpec, queries: Index, keys: Index) -> Index | None:
-    over_all = layer.qk_norm is not None and layer.qk_norm.over == "all"
-    match dim.kind:
-        case "query":
-            return in_blocks(queries, layer.head_dim)
-        case "key":
-            return in_blocks(keys, layer.head_dim)
-        case "value":
-            return in_blocks(keys, layer.v_head_dim)
-        case "context":
-            return in_blocks(queries, layer.v_head_dim)
-        case "query_gain" if over_all:
-            return in_blocks(queries, layer.head_dim)
-        case "key_gain" if over_all:
-            return in_blocks(keys, layer.head_dim)
-    return None
+    """The map of a dimension that lies head by head; None for any other."""
+    if dim.kind.endswith("_gain") and (layer.qk_norm is None or layer.qk_norm.over == "head"):
+        return None
+    made = {"query": queries, "query_gain": queries, "key": keys, "key_gain": keys, "value": keys, "context": queries}
+    heads = made.get(dim.kind)
+    size = layer.v_head_dim if dim.kind in ("value", "context") else layer.head_dim
+    return None if heads is None else in_blocks(heads, size)
 
 
 def _has_places(spec: ModelSpec) -> bool:
     """Whether some part reads or writes a stretch of the stream, so that copies must stand beside their originals."""
-    split = spec.branches is not None and spec.branches.entry == "split"
+    norms = [*[layer.norm for layer in spec.layers], spec.final_norm]
+    ffns = [
+        ffn
+        for layer in spec.layers
+        for ffn in (layer.ffn, getattr(layer.ffn, "expert", None), getattr(layer.ffn, "shared_expert", None))
+    ]
     return (
-        split
-        or len(set(spec.stream_widths)) > 1
-        or any(
-            layer.attention_input_size or layer.ffn_output_size or layer.norm.statistic_size or _blocks(layer)
-            for layer in spec.layers
-        )
-        or bool(spec.final_norm and spec.final_norm.statistic_size)
-    )
-
-
-def _blocks(layer: LayerSpec) -> bool:
-    ffn = layer.ffn
-    return any(
-        isinstance(each, BlockDenseFFN)
-        for each in ([ffn.expert, ffn.shared_expert] if isinstance(ffn, MoEFFN) else [ffn])
+        len(set(spec.stream_widths)) > 1
+        or (spec.branches is not None and spec.branches.entry == "split")
+        or any(layer.attention_input_size or layer.ffn_output_size for layer in spec.layers)
+        or any(norm is not None and norm.statistic_size for norm in norms)
+        or any(isinstance(ffn, BlockDenseFFN) for ffn in ffns)
     )
 
 

@@ -56,7 +56,7 @@ def insert_layers(
                     sources[full] = Moved(old)
                 elif fill != "stack" and _silent(tail, layer.norm_placement):
                     sources[full] = Made("zero")
-                elif widened and layer.norm_placement in AFTER and _silent(tail, "pre"):
+                elif fill != "stack" and widened and layer.norm_placement in AFTER and _silent(tail, "pre"):
                     sources[full] = Made("free")
                 elif old is not None and _sizes(shapes[full]) == _sizes(old_shapes.get(old, ())):
                     sources[full] = Moved(old)

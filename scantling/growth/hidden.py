@@ -114,7 +114,8 @@ def _refuse(spec: ModelSpec, target: ModelSpec, forms: dict[int | None, Form], c
     """
     if centred and any(not isinstance(norm, LayerNorm) for _, norm, _, _ in _norms(spec, target)):
         raise Inexact(
-            "RMSNorm and LayerNorm in one model want different new coordinates; the stream cannot grow exactly"
+            "RMSNorm and LayerNorm in one model want different new coordinates; the stream cannot grow exactly but by copies "
+            "(width: copies)"
         )
     placements = {layer.norm_placement for layer in spec.layers}
     if centred and placements != {"pre"}:
@@ -126,7 +127,7 @@ def _refuse(spec: ModelSpec, target: ModelSpec, forms: dict[int | None, Form], c
     if centred and len(set(spec.stream_widths)) > 1 and not isinstance(spec.transition, Compress):
         raise Inexact(
             "layer_norm over layers of different widths on one stream: new coordinates cannot carry the mean of each layer's "
-            "own; expected equal widths or transition: compress"
+            "own; expected copies (width: copies), equal widths, or transition: compress"
         )
     if centred and any(isinstance(ffn, BlockShuffleFFN) for layer in spec.layers for ffn in _inner(layer)):
         raise Inexact(

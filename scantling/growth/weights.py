@@ -103,19 +103,24 @@ class Grown(Tensors):
         ancestors = self._ancestors(name)
         return self.source.dtype(ancestors[0] if ancestors else self.source.names[0])
 
-    def _touched(self, name: str, old: str) -> bool:
-        return name in self.step.scales or any(axis.dim in self.step.changes for axis in self._old_axes[old])
+    def _unchanged(self, name: str) -> str | None:
+        """The tensor before that this one is, as it is."""
+        source = self._source(name)
+        if not isinstance(source, Moved) or source.zeroed or name in self.step.scales:
+            return None
+        return None if any(map(self._change, self._old_axes[source.name])) else source.name
 
     def tensor(self, name: str) -> Tensor:
-        source = self._source(name)
-        if isinstance(source, Moved) and not source.zeroed and not self._touched(name, source.name):
-            return self.source.tensor(source.name)
+        if (old := self._unchanged(name)) is not None:
+            return self.source.tensor(old)
         rows, tensor = self.rows(name), torch.empty(self.shape(name), dtype=self.dtype(name))
         for start, end in row_blocks(self.shape(name), self.dtype(name)):
             tensor[start:end] = rows(start, end)
         return tensor
 
     def rows(self, name: str) -> Rows:
+        if (unchanged := self._unchanged(name)) is not None:
+            return self.source.rows(unchanged)
         shape, dtype = self.shape(name), self.dtype(name)
 
         def empty(count: int) -> Tensor:
@@ -131,8 +136,6 @@ class Grown(Tensors):
                 return rows_of(drawn.repeat_interleave(repeats, 0))
             case Moved(before, _):
                 rows, places, old_shape = self.source.rows(before), self._old_axes[before], self.source.shape(before)
-                if not self._touched(name, before):
-                    return rows
             case Computed(names, compute, _):
                 tensor = compute([self.source.tensor(each) for each in names])
                 rows, places, old_shape = rows_of(tensor), self._axes[name], tuple(tensor.shape)
@@ -154,10 +157,10 @@ class Grown(Tensors):
 
     def _noise(self, name: str, old: "_Old", places: Axes, snr_db: float) -> Callable[[Tensor, int], None] | None:
         """What tells apart the shares of copied inputs (a matrix's last axis)."""
-        *_, out, into = [None, *places]
-        shares = self._change(into) if into is not None else None
-        if out is None or into is None or shares is None or shares.copies != "shares":
+        shares = self._change(places[-1])
+        if shares is None or shares.copies != "shares":
             return None
+        out, into = places[-2:]
         rows, columns = self._change(out), old_places(into, shares.index, into.size)
         outputs = np.arange(out.size) if rows is None else rows.index
 

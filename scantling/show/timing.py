@@ -63,8 +63,9 @@ def timing(found: Timing) -> None:
             )
         )
     if found.six_nd is not None:
-        losses = ", ".join(f"{loss:.4f}" for loss in found.six_nd.losses) or "none"
-        console.print(f"at 6 N FLOPs per token: {found.six_nd.saved:.1%} saved, growing at loss {losses}")
+        losses = ", ".join(f"{loss:.4f}" for loss in found.six_nd.losses)
+        where = f"growing at loss {losses}" if losses else "growing at once"
+        console.print(f"at 6 N FLOPs per token: {found.six_nd.saved:.1%} saved, {where}")
     if found.stacking is not None:
         console.print(
             f"published for stacking layers (arXiv 2405.15319): after {format_count(found.stacking.tokens)} tokens, "
