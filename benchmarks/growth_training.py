@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from guided_ablation import interval, loss
+from guided_ablation import interval, loss, trained
 
 from scantling.config import RunConfig, run_from
 from scantling.costing import param_counts, train_flops
@@ -126,14 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("growth_training_runs"))
     options = parser.parse_args()
 
-    from scantling.training import train
-
-    planned = list(runs(options))
-    total, done, records = sum(run.train_flops for run in planned), 0.0, []
-    for run in planned:
-        records.append(train(run, options.out / run.name, quiet=True))
-        done += run.train_flops
-        print(f"[{done / total:4.0%}] {run.name}: {loss(records[-1]):.4f}", flush=True)
+    records = trained(list(runs(options)), options.out)
     harness.report(
         "growth_training",
         "Growing on the way against training from scratch, at equal FLOPs",

@@ -83,6 +83,18 @@ def runs(options: argparse.Namespace) -> Iterator[RunConfig]:
                     )
 
 
+def trained(planned: list[RunConfig], out: Path) -> list[RunRecord]:
+    """The records of all runs, each in its folder below `out`; finished ones are skipped, interrupted ones go on."""
+    from scantling.training import train
+
+    total, done, records = sum(run.train_flops for run in planned), 0.0, []
+    for run in planned:
+        records.append(train(run, out / run.name, quiet=True))
+        done += run.train_flops
+        print(f"[{done / total:4.0%}] {run.name}: {loss(records[-1]):.4f}", flush=True)
+    return records
+
+
 def best(records: list[RunRecord], structure: str, side: str) -> dict[int, RunRecord]:
     """The records by seed, at the learning rate with the lowest mean loss; diverged runs count as infinitely bad."""
     mine = [record for record in records if (record.labels["structure"], record.labels["side"]) == (structure, side)]
@@ -158,14 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("guided_ablation_runs"))
     options = parser.parse_args()
 
-    from scantling.training import train
-
-    planned = list(runs(options))
-    total, done, records = sum(run.train_flops for run in planned), 0.0, []
-    for run in planned:
-        records.append(train(run, options.out / run.name, quiet=True))
-        done += run.train_flops
-        print(f"[{done / total:4.0%}] {run.name}: {loss(records[-1]):.4f}", flush=True)
+    records = trained(list(runs(options)), options.out)
     harness.report(
         "guided_ablation",
         "Self-guided training of structured feed-forwards at equal FLOPs",

@@ -36,6 +36,22 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["SCANTLING_CACHE"]
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text for tiny runs."""
+    from tests.runs import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "short.jsonl")
+
+
+@pytest.fixture
+def same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are compared bit by bit do not each measure which kernel is faster."""
+    from tests.runs import settle_attention
+
+    settle_attention(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium that keeps its logs, or a skip that says what is missing."""

@@ -30,24 +30,14 @@ from tests.runs import (
     assert_same_run,
     losses,
     newest,
-    settle_attention,
     state,
     tiny,
     train_with_stops,
-    write_corpus,
 )
 
+pytestmark = pytest.mark.usefixtures("same_kernel")
+
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "short.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle_attention(monkeypatch)
 
 
 # --- the watch -----------------------------------------------------------------------------------------------------------

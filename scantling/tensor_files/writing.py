@@ -1,6 +1,7 @@
 """`Tensors` as a folder of safetensors shards: one tensor in memory at a time, checksummed, whole or not at all."""
 
 import ctypes
+import fcntl
 import hashlib
 import io
 import json
@@ -10,8 +11,9 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +167,19 @@ def _put(pieces: Iterable[memoryview], behind: "_Behind") -> None:
 
 
 class _Behind:
-    """Hashes and writes in threads of their own, through a few small buffers, while the next pieces are made."""
+    """Hashes and writes in threads of their own, through a few small buffers, while the next pieces are made.
+
+    It writes past the page cache where the file system lets it: all of a file must reach the disk before it counts as written,
+    and another copy of it in memory can take more time than everything else together.
+    """
 
     def __init__(self, file: io.FileIO) -> None:
         self.sha256 = hashlib.sha256()
         self._file = file
         self._hashing, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._begun: deque[tuple[bytearray, Future[None], Future[None]]] = deque()
+        self._begun: deque[tuple[mmap, Future[None], Future[None]]] = deque()
+        self._buffer, self._filled = mmap(-1, PIECE_BYTES), 0  # whole pages, as such writes need
+        _set_direct(file, True)
 
     def __enter__(self) -> "_Behind":
         return self
@@ -186,13 +194,13 @@ class _Behind:
         Raises:
             OSError: of an earlier piece.
         """
-        for start in range(0, len(piece), PIECE_BYTES):
-            part = piece[start : start + PIECE_BYTES]
-            buffer = bytearray(PIECE_BYTES) if len(self._begun) < BUFFERS else self._ended()
-            buffer[: len(part)] = part
-            given = memoryview(buffer)[: len(part)]
-            hashed, written = self._hashing.submit(self.sha256.update, given), self._writing.submit(self._write, given)
-            self._begun.append((buffer, hashed, written))
+        while piece:
+            part = piece[: PIECE_BYTES - self._filled]
+            self._buffer[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            piece = piece[len(part) :]
+            if self._filled == PIECE_BYTES:
+                self._begin()
 
     def finish(self) -> None:
         """Wait for all of it.
@@ -200,10 +208,22 @@ class _Behind:
         Raises:
             OSError: it could not be written.
         """
+        rest, size = self._buffer, self._filled
         while self._begun:
             self._ended()
+        _set_direct(self._file, False)  # the rest is no whole page
+        self.sha256.update(memoryview(rest)[:size])
+        self._write(memoryview(rest)[:size])
 
-    def _ended(self) -> bytearray:
+    def _begin(self) -> None:
+        """Hash and write the buffer that is full; go on with another."""
+        full = memoryview(self._buffer)
+        hashed, written = self._hashing.submit(self.sha256.update, full), self._writing.submit(self._write, full)
+        self._begun.append((self._buffer, hashed, written))
+        self._buffer = mmap(-1, PIECE_BYTES) if len(self._begun) < BUFFERS else self._ended()
+        self._filled = 0
+
+    def _ended(self) -> mmap:
         """The oldest buffer, once it is hashed and written."""
         buffer, hashed, written = self._begun.popleft()
         hashed.result()
@@ -213,6 +233,14 @@ class _Behind:
     def _write(self, rest: memoryview) -> None:
         while rest:
             rest = rest[self._file.write(rest) :]
+
+
+def _set_direct(file: io.FileIO, direct: bool) -> None:
+    """Have writes go past the page cache, or not; nothing where it is not to be had."""
+    if hasattr(os, "O_DIRECT"):
+        flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
+        with suppress(OSError):
+            fcntl.fcntl(file, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from scantling.checkpoint import weights_of
@@ -13,6 +14,11 @@ from scantling.growth.weights import Policy, applied
 from scantling.model import Decoder, build
 from scantling.spec import ModelSpec
 from scantling.tensor_files import Held
+
+
+def times(examples: int) -> int:
+    """Examples of a costly test: so many by default, a quarter in the quick profile, twenty times as many in the nightly one."""
+    return max(1, examples * settings().max_examples // 100)
 
 
 def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.float64) -> Decoder:

@@ -5,7 +5,21 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from scantling.parts import BlockDenseFFN, BlockShuffleFFN, DenseFFN, LowRankFFN, MoEFFN, NoPosition, Norm, Rope
+from scantling.parts import (
+    BlockDenseFFN,
+    BlockShuffleFFN,
+    CarryForward,
+    Compress,
+    DenseFFN,
+    LayerNorm,
+    LowRankFFN,
+    MoEFFN,
+    NoPosition,
+    Norm,
+    RMSNorm,
+    Rope,
+    Zero,
+)
 from scantling.spec import LayerSpec, ModelSpec
 
 
@@ -78,10 +92,11 @@ def heads(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     layer = spec.layers[index]
     groups = layer.num_key_value_heads + draw(st.integers(0, 2))
     if layer.head_to_group is None:
-        share = layer.num_attention_heads // layer.num_key_value_heads + draw(st.integers(0, 2))
+        more = draw(st.integers(0 if groups > layer.num_key_value_heads else 1, 2))
+        share = layer.num_attention_heads // layer.num_key_value_heads + more
         return all_layers(spec, index, num_attention_heads=groups * share, num_key_value_heads=groups)
-    more = draw(st.lists(st.integers(0, groups - 1), max_size=3))
-    mapped = draw(st.permutations([*layer.head_to_group, *more]))
+    extra = draw(st.lists(st.integers(0, groups - 1), min_size=groups == layer.num_key_value_heads, max_size=3))
+    mapped = draw(st.permutations([*layer.head_to_group, *extra]))
     return all_layers(
         spec, index, num_attention_heads=len(mapped), head_to_group=tuple(mapped), num_key_value_heads=groups
     )
@@ -92,7 +107,7 @@ def copies(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     if layer.head_to_group is not None:
         return spec
     share = layer.num_attention_heads // layer.num_key_value_heads
-    times = draw(st.sampled_from([n for n in range(1, share + 1) if share % n == 0]))
+    times = draw(st.sampled_from([n for n in range(min(2, share), share + 1) if share % n == 0]))
     return all_layers(spec, index, num_key_value_heads=layer.num_key_value_heads * times)
 
 
@@ -140,9 +155,12 @@ def key(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
 
 def hidden(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     """Every layer at least as wide as one of the widths, in one of the three forms."""
-    form = draw(st.sampled_from(["gain", "writer", "statistic"]))
     widths = spec.stream_widths
-    start = min(widths) if form == "writer" else draw(st.sampled_from(sorted(set(widths))))
+    kept = any(norm is not None and norm.statistic_size for norm in (spec.final_norm, *(e.norm for e in spec.layers)))
+    bare = spec.final_norm is None or (spec.unembedding_size > spec.norm_width and not compresses(spec))
+    forms = ["gain", *["writer"] * (not bare and not kept), *["statistic"] * (len(set(widths)) == 1)]
+    form = draw(st.sampled_from(forms))
+    start = min(widths) if form == "writer" or compresses(spec) else draw(st.sampled_from(sorted(set(widths))))
     blocks = [getattr(inner, "num_blocks", 1) for layer in spec.layers for inner in parts(layer)]
     step = math.lcm(*blocks) ** 2
     more = step * draw(st.integers(1, 3)) * (2 if step % 2 else 1)
@@ -185,6 +203,10 @@ def hidden(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     )
 
 
+def compresses(spec: ModelSpec) -> bool:
+    return isinstance(spec.transition, Compress)
+
+
 def parts(layer: LayerSpec) -> list[Any]:
     ffn = layer.ffn
     if isinstance(ffn, MoEFFN):
@@ -192,16 +214,24 @@ def parts(layer: LayerSpec) -> list[Any]:
     return [ffn]
 
 
+def narrow_layers(spec: ModelSpec) -> list[int]:
+    """Layers that carry-forward streams pass by, but for the last one, whose width the final norm shares."""
+    if not isinstance(spec.transition, CarryForward):
+        return []
+    widest = max(spec.stream_widths)
+    return [at for at, layer in enumerate(spec.stacks[0][:-1]) if layer.hidden_size < widest]
+
+
 def narrow(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     """One layer alone, into coordinates that wider ones use."""
-    layer = spec.layers[index]
-    widest = max(spec.stream_widths)
-    if widest == layer.hidden_size:
+    if not narrow_layers(spec):
         return spec
+    index = draw(st.sampled_from(narrow_layers(spec)))
+    layer = spec.layers[index]
     return all_layers(
         spec,
         index,
-        hidden_size=draw(st.integers(layer.hidden_size + 1, widest)),
+        hidden_size=draw(st.integers(layer.hidden_size + 1, max(spec.stream_widths))),
         norm=layer.norm.replace(statistic_size=layer.norm.statistic_size or layer.hidden_size),
         attention_input_size=layer.attention_input_size or layer.hidden_size,
         ffn_output_size=layer.ffn_output_size or layer.hidden_size,
@@ -215,9 +245,13 @@ def depth(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
 
 
 def constants(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
-    return spec.replace(
-        embedding_multiplier=draw(st.sampled_from([1.0, 3.0, 12.0])), logits_scaling=draw(st.sampled_from([1.0, 2.5]))
-    )
+    """Any two; under a tied table that no norm makes up for, two that leave the logits alone."""
+    multiplier = draw(st.sampled_from([2.0, 3.0, 12.0])) * spec.embedding_multiplier
+    logits = draw(st.sampled_from([1.0, 2.5])) * spec.logits_scaling
+    seen = spec.final_norm is not None and (spec.unembedding_size <= spec.norm_width or compresses(spec))
+    if spec.tie_word_embeddings and not seen:
+        logits = spec.logits_scaling * spec.embedding_multiplier / multiplier
+    return spec.replace(embedding_multiplier=multiplier, logits_scaling=logits)
 
 
 def tables(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
@@ -233,3 +267,95 @@ def tables(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
 OPERATIONS = (
     mlp, rank, structure, experts, heads, copies, uneven_heads, value, key, hidden, narrow, depth, constants, tables,
 )  # fmt: skip
+
+
+# --- specs that an operation can grow --------------------------------------------------------------------------------
+
+
+def ready(spec: ModelSpec) -> ModelSpec:
+    """The nearest spec of which every dimension that can grow anywhere grows: no statistic over what may be added, norms of
+    one kind in places where they allow growth, transitions that leave old coordinates alone, blocks only in equal widths."""
+    equal = len(set(spec.stream_widths)) == 1
+    centred = all(
+        norm is None or isinstance(norm, LayerNorm) for norm in (spec.final_norm, *(e.norm for e in spec.layers))
+    )
+    centred = centred and (equal or compresses(spec))
+    transition = spec.transition if isinstance(spec.transition, CarryForward | Zero | Compress) else None
+    return spec.replace(
+        transition=None if equal else transition or CarryForward(kind="carry_forward"),
+        final_norm=plain(spec.final_norm, centred),
+        layers=tuple(
+            layer.replace(
+                norm=plain(layer.norm, centred),
+                norm_placement="pre" if centred or layer.norm_placement == "post_residual" else layer.norm_placement,
+                use_parallel_residual=layer.use_parallel_residual and layer.norm_placement == "pre",
+                qk_norm=layer.qk_norm and layer.qk_norm.replace(over="head"),
+                ffn=layer.ffn if equal and not centred else unblocked(layer.ffn),
+            )
+            for layer in spec.layers
+        ),
+    )
+
+
+def plain(norm: Norm | None, centred: bool) -> Norm | None:
+    if norm is None or centred:
+        return norm and norm.replace(statistic_size=None)
+    return RMSNorm(kind="rms_norm", eps=norm.eps)
+
+
+def unblocked(ffn: Any) -> Any:
+    """Dense instead of what has blocks."""
+    if isinstance(ffn, MoEFFN):
+        return ffn.replace(
+            expert=unblocked(ffn.expert), shared_expert=ffn.shared_expert and unblocked(ffn.shared_expert)
+        )
+    return dense(ffn) if hasattr(ffn, "num_blocks") else ffn
+
+
+def dense(ffn: Any) -> DenseFFN:
+    return DenseFFN(
+        kind="dense", **{key: getattr(ffn, key) for key in ("gated", "hidden_act", "intermediate_size", "bias")}
+    )
+
+
+def suited(draw: st.DrawFn, spec: ModelSpec, operation: Any) -> ModelSpec:
+    """`ready`, with layers that have what the operation grows."""
+    spec = ready(spec)
+    if operation in (rank, structure):
+        kind = draw(st.sampled_from(["low_rank", "low_rank", "block_dense"]))
+        blocks = {"num_blocks": 2} if kind == "block_dense" else {}
+        model = BlockDenseFFN if blocks else LowRankFFN
+        ffn = model(kind=kind, rank=8, **{**draw_ffn(draw), **blocks})
+        return all_layers(spec, None, ffn=ffn)
+    if operation is experts:
+        return all_layers(
+            spec, None, ffn=lambda layer: layer.ffn.expert if isinstance(layer.ffn, MoEFFN) else layer.ffn
+        )
+    if operation is copies:
+        return all_layers(spec, None, head_to_group=None, num_attention_heads=lambda each: 4 * each.num_key_value_heads)
+    if operation is narrow:
+        whole = all_layers(spec, None, norm_placement="pre", ffn=lambda layer: unblocked(layer.ffn))
+        return whole.replace(transition=CarryForward(kind="carry_forward")) if spec.transition else whole
+    return spec
+
+
+def draw_ffn(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "gated": draw(st.booleans()), "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu"])),
+        "bias": draw(st.booleans()), "intermediate_size": 8 * draw(st.integers(1, 3)),
+    }  # fmt: skip
+
+
+def has_something(operation: Any, spec: ModelSpec, index: int) -> bool:
+    """Whether a layer has what the operation grows."""
+    layer = spec.layers[index]
+    ffn = layer.ffn
+    if operation is rank:
+        return isinstance(ffn, LowRankFFN | BlockDenseFFN)
+    if operation is structure:
+        return isinstance(ffn, LowRankFFN | BlockDenseFFN | BlockShuffleFFN)
+    if operation is experts:
+        return not isinstance(ffn, MoEFFN)
+    if operation is copies:
+        return layer.head_to_group is None and layer.num_attention_heads > layer.num_key_value_heads
+    return operation is not narrow or bool(narrow_layers(spec))

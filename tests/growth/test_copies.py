@@ -179,6 +179,30 @@ def test_one_step_of_adam_moves_every_copy_as_its_original() -> None:
         assert (value - start[name] - wanted.tensor(name)).abs().max() < 1e-9, name
 
 
+def test_equal_copies_train_as_the_old_model_at_a_smaller_rate_for_what_adds_up() -> None:
+    spec = spec_from(OURS)
+    times = 3
+    model, optimizer = trained(spec)
+    grown = grow(model, multiplied(spec, times, times, times), EQUAL).train()
+    added_up = [each for name, each in grown.named_parameters() if name.endswith(("proj.weight", "lm_head.weight"))]
+    others = [each for each in grown.parameters() if all(each is not other for other in added_up)]
+    (rate,) = (group["lr"] for group in optimizer.param_groups)
+    later = adam(grown)
+    later.param_groups.clear()
+    later.add_param_group({"params": others})
+    later.add_param_group({"params": added_up, "lr": rate / times})
+    steps = planned(spec, grown.spec, EQUAL)
+    restore_optimizer(grown, [later], grown_state(optimizer_tensors(model, [optimizer]), steps))
+    for seed in range(9, 14):
+        update(model, optimizer, seed)
+        update(grown, later, seed)
+    assert difference(model, grown) < 1e-9
+    later.param_groups[1]["lr"] = rate  # and not at the old one
+    update(model, optimizer, 20)
+    update(grown, later, 20)
+    assert difference(model, grown) > 1e-6
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "post-norm", "mixtral"])
 def test_equal_copies_stay_equal_and_noisy_ones_do_not(name: str) -> None:
     spec = family(name)

@@ -7,6 +7,7 @@ new gradient pulled back through that map must be the old gradient. Then nothing
 import re
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,11 @@ def sentence(rule: str, name: str) -> str | None:
 POSSIBLE = [cell for cell in cells() if sentence(*cell) is None]
 
 
+def first(*families: str) -> list[Any]:
+    """All possible cells, those of other families marked as slow."""
+    return [pytest.param(*each, marks=() if each[1] in families else pytest.mark.slow) for each in POSSIBLE]
+
+
 @pytest.mark.parametrize(("rule", "name"), [cell for cell in cells() if sentence(*cell) is not None])
 def test_what_is_impossible_is_said(rule: str, name: str) -> None:
     target = RULES[rule](family(name))
@@ -99,21 +105,22 @@ def steps_of(rule: str, name: str) -> tuple[Step, ...]:
 @torch.no_grad()
 def logits(model: Decoder, ids: Tensor, cached: bool = False) -> Tensor:
     """All at once, or after a prefix token by token."""
-    if not cached:
-        return model(ids)
-    store = Cache(model.spec, len(ids), ids.shape[1], dtype=model.lm_head.weight.dtype)
-    parts = [ids[:, :3], *ids[:, 3:].split(1, 1)]
+    store = Cache(model.spec, len(ids), ids.shape[1], dtype=model.lm_head.weight.dtype) if cached else None
+    parts = [ids[:, :5], ids[:, 5:6], ids[:, 6:7]] if cached else [ids]
     return torch.cat([model(part, store) for part in parts], 1)
 
 
-@pytest.mark.parametrize(("rule", "name"), POSSIBLE)
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    first("paper", "llama", "qwen3", "gpt2", "gemma2", "olmo2", "mixtral", "block shuffle", "bowtie", "compress"),
+)
 def test_the_same_function(rule: str, name: str) -> None:
     """All at once and with a cache; in float64 within 1e-10 of the largest logit, in float32 within 1e-5."""
     steps = steps_of(rule, name)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model = old_model(name, dtype)
-        grown, ids = grown_model(model, steps), some_ids(model.spec, 1, (2, 9))
-        for cached in (False, True):
+        grown, ids = grown_model(model, steps), some_ids(model.spec, 1, (2, 7))
+        for cached in (False, True) if dtype == torch.float64 else (False,):
             before, after = logits(model, ids, cached), logits(grown, ids, cached)[..., : model.spec.vocab_size]
             assert (before - after).abs().max() <= tolerance * before.abs().max(), (dtype, cached)
 
@@ -127,7 +134,8 @@ WAKES = {  # after how many gradients all that is new has had one, where not aft
     **{
         (f"hidden_{form}", "gemma2"): 3 for form in ("gain", "writer", "statistic")
     },  # zeros behind zeros of a tied table
-    **{("everything", name): 3 for name in ("paper", "gemma2", "olmo2", "low rank", "block dense", "block shuffle")},
+    **{("everything", name): 3 for name in ("gemma2", "olmo2", "low rank", "block dense", "block shuffle")},
+    ("everything", "paper"): 4,  # with no final norm, and rectified units that wake late
 }
 
 
@@ -141,8 +149,10 @@ def gradients(model: Decoder, ids: Tensor, tokens: int | None = None) -> dict[st
     for parameter in model.parameters():
         parameter.grad = None
     torch.autograd.backward(cross_entropy(model(ids)[..., :tokens].flatten(0, 1), ids.roll(-1, 1).flatten()))
-    found = {name: weight.grad for name, weight in parameters(model).items()}
-    return {name: torch.zeros_like(parameters(model)[name]) if each is None else each for name, each in found.items()}
+    return {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in parameters(model).items()
+    }
 
 
 @torch.no_grad()
@@ -173,7 +183,7 @@ def old_shift(name: str) -> float:
     return float((logits(model, ids) - before).abs().max())
 
 
-@pytest.mark.parametrize(("rule", "name"), POSSIBLE)
+@pytest.mark.parametrize(("rule", "name"), first("llama", "gpt2", "gemma2", "mixtral", "parallel branches"))
 def test_the_same_gradients_and_nothing_dead(rule: str, name: str) -> None:
     model, steps = old_model(name), steps_of(rule, name)
     weights = {key: weight.detach() for key, weight in parameters(model).items()}
@@ -183,13 +193,17 @@ def test_the_same_gradients_and_nothing_dead(rule: str, name: str) -> None:
     # the new gradient along what becomes of a change of old weights is the old gradient along that change
     generator = torch.Generator().manual_seed(3)
     change = {key: 1e-3 * torch.randn(each.shape, generator=generator).to(each) for key, each in weights.items()}
+    kept = {key: weight.detach() for key, weight in parameters(grown).items()}
+    signs = (1, -1) if rule == "materialised" else (1, 0)  # a product of factors is no linear map: both sides of it
     ahead, behind = (
-        applied(Held({key: each + sign * change[key] for key, each in weights.items()}), list(steps))
-        for sign in (1, -1)
+        applied(Held({key: each + sign * change[key] for key, each in weights.items()}), list(steps)).tensor
+        if sign
+        else kept.__getitem__
+        for sign in signs
     )
-    along = [(each * (ahead.tensor(key) - behind.tensor(key)) / 2).sum() for key, each in found.items()]
+    along = sum(float((each * (ahead(key) - behind(key))).sum()) for key, each in found.items())
     expected = torch.stack([(each * change[key]).sum() for key, each in old_gradients(name).items()])
-    assert abs(sum(along) - expected.sum()) < 1e-9 * expected.abs().sum()
+    assert abs(along / (signs[0] - signs[1]) - expected.sum()) < 1e-9 * expected.abs().sum()
 
     new = new_entries(steps, Held(weights))
     for index, layer in enumerate(grown.spec.layers):
@@ -225,8 +239,9 @@ def twins(model: Decoder, found: dict[str, Tensor]) -> Iterator[str]:
     uniform = len({*model.spec.stream_widths, model.spec.embedding_size}) == 1
     features: dict[tuple[object, ...], list[Tensor]] = {}
     experts: dict[str, dict[str, list[Tensor]]] = {}
+    weights = parameters(model)
     for name, places in axes(model.spec).items():
-        both = [parameters(model)[name].detach(), found[name]]
+        both = [weights[name].detach(), found[name]]
         for at, axis in enumerate(places):
             if axis.dim is None or axis.dim.kind.endswith("gain") or (axis.dim.kind in STREAM and not uniform):
                 continue
@@ -240,11 +255,11 @@ def twins(model: Decoder, found: dict[str, Tensor]) -> Iterator[str]:
             experts.setdefault(expert[1], {}).setdefault(expert[2], []).extend(each.flatten() for each in both)
     tables = {str(unit): torch.cat(rows, 1) for unit, rows in features.items()}
     tables |= {
-        f"{layer} experts": torch.stack([torch.cat(each) for each in of.values()]) for layer, of in experts.items()
+        f"experts of {layer}": torch.stack([torch.cat(each) for each in of.values()]) for layer, of in experts.items()
     }
-    for unit, table in tables.items():
-        if len(table.unique(dim=0)) < len(table):
-            yield unit
+    for name, table in tables.items():
+        if len(torch.unique(table, dim=0)) < len(table):
+            yield name
 
 
 def coordinates(weight: Tensor, at: int, axis: Axis) -> Tensor:

@@ -1,6 +1,7 @@
 """Growth inside a run, and runs that start from a checkpoint: nothing but the model's size may change where it grows."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from tests.runs import (
     losses,
     mapping,
     newest,
-    settle_attention,
     state,
     train_with_stops,
-    write_corpus,
 )
 from tests.test_guard import faulty, once
 from tests.test_training import kill_and_resume
+
+pytestmark = pytest.mark.usefixtures("same_kernel")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
@@ -46,16 +47,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"kind": "muon", "learning_rate": 1e-2},
     "sgd": {"kind": "sgd", "learning_rate": 1e-1},
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle_attention(monkeypatch)
 
 
 def growing(corpus: Path, *growth: dict[str, Any], **train_keys: Any) -> dict[str, Any]:
@@ -283,6 +274,20 @@ def test_what_cannot_be_started_from_is_refused(corpus: Path, parent: Path, tmp_
         file.write(b"\1")
     with pytest.raises(InputError, match="altered or damaged"):
         train(resolved(start(damaged)), tmp_path / "run", quiet=True)
+
+
+def test_documented_snippets_are_read(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    grows, starts = re.findall(r"```yaml\n((?:growth|start):.*?)```", page, re.S)
+    shutil.copytree(parent, tmp_path / "runs/first")
+    for name, spec in (("wide", WIDE), ("deep", DEEP)):
+        (tmp_path / f"{name}.yaml").write_text(dumps(spec))
+    run = growing(corpus)
+    del run["growth"]
+    (tmp_path / "run.yaml").write_text(dumps(run) + grows + starts)
+    config = load_run(tmp_path / "run.yaml")
+    assert [stage.first for stage in config.stages] == [0, 4, 8]
+    assert config.start is not None and config.start.folder == newest(tmp_path / "runs/first")
 
 
 def test_the_verb_says_what_grew(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
