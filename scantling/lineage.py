@@ -31,30 +31,53 @@ def _share(value: object) -> object:
     return value
 
 
-class GrowthEntry(Frozen):
-    """One growth of a run, as its file says it.
+class Policy(Frozen):
+    """How a model grows; but for `stack` and `qk_noise` the function is preserved whichever way.
+
+    Attributes:
+        seed: of random entries; each tensor draws its own numbers, whatever the order and however many rows at a time.
+        new_layers: weights of a new layer: a `copy` of the layer before it where shapes agree, or `random`; its output is
+            zero either way. `stack` repeats layers verbatim (arXiv 2405.15319), which does not preserve the function.
+        free: random entries are the model's own initialiser's (`initializer`), or have the standard deviation of the tensor
+            they join (`matching`).
+        moments: what second moments of new entries in old tensors start from: `mean` (of the tensor: no overshoot), or
+            `zero`, beside which torch's one step count per tensor makes first updates up to 6.6 times too large
+            (specs of AdamW with beta2 0.999).
+        width: new coordinates, heads and inner units beside the old ones (`pad`), or whole `copies` of the old ones (integer
+            multiples; arXiv 2409.12903).
+        snr_db: with copies, noise on them that cancels, by its signal-to-noise ratio in dB; without it they stay equal for ever.
+        qk_noise: where head_dim grows under a q/k norm over the whole head: spread of new queries, as a share of the usual. Not
+            exact: the error is quadratic in it.
+    """
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    new_layers: Literal["copy", "random", "stack"] = "copy"
+    free: Literal["initializer", "matching"] = "initializer"
+    moments: Literal["mean", "zero"] = "mean"
+    width: Literal["pad", "copies"] = "pad"
+    snr_db: float | None = None
+    qk_noise: float | None = None
+
+
+USUAL = Policy()
+
+
+class GrowthEntry(Policy):
+    """One growth of a run, as its file says it: what, when, and `Policy`.
 
     Attributes:
         at: the share of the run's tokens before it.
         to: the larger model: a mapping as in `model`, or the path of a spec, relative to the run's file.
-        new_layers: what new layers hold: a `copy` of the one before with an output of zero, `random` likewise, or `stack`
-            (layers repeated, not the same function; arXiv 2405.15319).
-        free: random entries have the initialiser's spread, or that of the tensor they join (`matching`).
-        moments: second moments of new entries in old tensors start at the tensor's `mean` (no overshoot although torch
-            counts steps per tensor), or at `zero`; `fresh` begins the whole optimizer anew.
+        optimizer: its state grows with the weights (`grown`), or begins anew (`fresh`).
         rewarmup: share of all steps over which the learning rate rises from 0 back to its schedule after the growth.
         learning_rate_factor: on all learning rates from here on: larger models as a rule want smaller ones.
-        seed: of new random entries.
     """
 
     at: Annotated[float, BeforeValidator(_share), Field(gt=0, lt=1)]
     to: str | dict[str, Any]
-    new_layers: Literal["copy", "random", "stack"] = "copy"
-    free: Literal["initializer", "matching"] = "initializer"
-    moments: Literal["mean", "zero", "fresh"] = "mean"
+    optimizer: Literal["grown", "fresh"] = "grown"
     rewarmup: Fraction = 0.0
     learning_rate_factor: Positive = 1.0
-    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True)

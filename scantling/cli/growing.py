@@ -48,7 +48,9 @@ def grow(
     from scantling import show
     from scantling.growth import Policy, grow_folder
 
-    policy = Policy(seed, free, moments, new_layers, width, snr_db, qk_noise)
+    policy = Policy(
+        seed=seed, new_layers=new_layers, free=free, moments=moments, width=width, snr_db=snr_db, qk_noise=qk_noise
+    )
     receipt = grow_folder(checkpoint, to, out, policy, text, measure)
     if json_:
         print_json(receipt.to_json())

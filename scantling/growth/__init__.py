@@ -6,6 +6,6 @@
 from scantling.growth.folders import grow, grow_folder, grown_state
 from scantling.growth.path import path
 from scantling.growth.receipt import Receipt
-from scantling.growth.weights import Policy
+from scantling.lineage import Policy
 
 __all__ = ["Policy", "Receipt", "grow", "grow_folder", "grown_state", "path"]

@@ -35,6 +35,11 @@ def insert_layers(
     """
     old_depth, depth = len(spec.stacks[0]), len(target.stacks[0])
     after = spec.replace(layers=target.layers, transition=target.transition)
+    if spec.final_norm is not None and after.norm_width != spec.norm_width:
+        raise Inexact(
+            f"layers[{depth - 1}].hidden_size {after.norm_width}: the final norm is over the last layer's width, "
+            f"{spec.norm_width} so far; expected {spec.norm_width}, or the new layer further down"
+        )
     shapes, old_shapes = axes(after), axes(spec)
     sources: dict[str, Source] = {}
     texts = []

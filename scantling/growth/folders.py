@@ -16,8 +16,8 @@ from scantling.errors import InputError
 from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
 from scantling.growth.path import path
 from scantling.growth.receipt import Receipt, held_model, measured, not_measured, parameters
-from scantling.growth.steps import Computed, Moved, Step
-from scantling.growth.weights import Policy, Role, applied
+from scantling.growth.steps import Computed, Moved, Step, notes
+from scantling.growth.weights import Role, applied
 from scantling.hf_folder import (
     CONFIG,
     FILES,
@@ -28,11 +28,21 @@ from scantling.hf_folder import (
     write_stock,
 )
 from scantling.hf_weights import from_hf
-from scantling.lineage import ancestry
+from scantling.lineage import USUAL, Policy, ancestry
 from scantling.model import Decoder
 from scantling.resolve import load_spec, spec_from, to_mapping
 from scantling.spec import ModelSpec
-from scantling.tensor_files import Held, Tensors, check_files, digest, needed, new_folder, open_tensors, write_shards
+from scantling.tensor_files import (
+    CHECKSUMS,
+    Held,
+    Tensors,
+    check_files,
+    digest,
+    needed,
+    new_folder,
+    open_tensors,
+    write_shards,
+)
 from scantling.yamlio import load
 
 RECEIPT = "growth.json"
@@ -42,22 +52,15 @@ MOMENTS: dict[str, Role] = {
     "exp_avg_sq": "second",
     "max_exp_avg_sq": "second",
 }
-DEFAULT = Policy()
 
 
-def planned(spec: ModelSpec, target: ModelSpec, policy: Policy = DEFAULT) -> list[Step]:
-    """The path from one spec to another that a policy asks for; see `path`."""
-    options = policy.width, policy.snr_db, policy.qk_noise
-    return list(path(spec, target, policy.new_layers, *options))
-
-
-def grow(model: Decoder, to: ModelSpec, policy: Policy = DEFAULT) -> Decoder:
+def grow(model: Decoder, to: ModelSpec, policy: Policy = USUAL) -> Decoder:
     """A larger model with the same function, in the same dtype.
 
     Raises:
         InputError: the spec cannot be reached exactly; the message names the nearest one that can.
     """
-    steps = planned(model.spec, to, policy)
+    steps = list(path(model.spec, to, policy))
     weights, _ = weights_of(model)
     return held_model(to, applied(Held(weights), steps, policy), next(model.parameters()).dtype)
 
@@ -80,6 +83,7 @@ def opened(folder: Path) -> Source:
         InputError: neither, or damaged.
     """
     if (folder / CONFIG).is_file():
+        _check_weights(folder)
         config, spec = load(folder / CONFIG).value, load_spec(folder / CONFIG)
         return Source(folder, spec, from_hf(open_tensors(folder), config, spec), config, source_files(folder))
     found = checkpoint_folder(folder)
@@ -91,8 +95,17 @@ def opened(folder: Path) -> Source:
     return Source(found, spec, open_tensors(found), None, carried_files(found))
 
 
+def _check_weights(folder: Path) -> None:
+    """Weights of a Hugging Face folder against the checksums of whoever wrote it, where there are any."""
+    if (folder / CHECKSUMS).is_file():
+        sums = load(folder / CHECKSUMS).value.get("sha256")
+        if not isinstance(sums, dict):
+            raise InputError(f"{folder / CHECKSUMS}: has no sha256 by file name")
+        check_files(folder, {name: sha256 for name, sha256 in sums.items() if "safetensors" in name})
+
+
 def grow_folder(
-    source: Path, to: Path, out: Path, policy: Policy = DEFAULT, text: Path | None = None, measure: bool = True
+    source: Path, to: Path, out: Path, policy: Policy = USUAL, text: Path | None = None, measure: bool = True
 ) -> Receipt:
     """A folder grown into a new one, one tensor in memory at a time; the source is only read.
 
@@ -110,7 +123,7 @@ def grow_folder(
     """
     given = opened(source)
     target = load_spec(to)
-    steps = planned(given.spec, target, policy)
+    steps = list(path(given.spec, target, policy))
     grown = applied(given.weights, steps, policy)
     ids = None if text is None else _ids(given, text)
     found = measured(given.spec, steps, given.weights, policy, ids) if measure else not_measured("not asked for")
@@ -131,7 +144,7 @@ def grow_folder(
         optimizer=_optimizer_text(given, policy),
         format="hugging_face" if config is not None else "scantling",
         why_own_format=why,
-        notes=[note for step in steps for note in (step.broken, step.warning) if note is not None],
+        notes=notes(steps),
     )
     if config is not None:
         files = [path for path in given.files if path.name != CONFIG]
@@ -206,7 +219,7 @@ def _other_groups(given: Source, steps: list[Step], policy: Policy) -> dict[str,
     return groups
 
 
-def grown_state(state: Mapping[str, Tensor], steps: list[Step], policy: Policy = DEFAULT) -> dict[str, Tensor]:
+def grown_state(state: Mapping[str, Tensor], steps: list[Step], policy: Policy = USUAL) -> dict[str, Tensor]:
     """Optimizer state `<key>.<parameter>` after a growth: moments on the weights' map, step counts as they were.
 
     A tensor with no ancestor has no state: its optimizer starts it afresh.

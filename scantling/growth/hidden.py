@@ -235,6 +235,11 @@ class _Work:
                 before = stretches[index].of(spec.stream_widths[index])
                 self.change(Dim("read", resize, "resize"), before, bare)
         last = stretches[-1].of(spec.unembedding_size)
+        if spec.tie_word_embeddings and not np.array_equal(last, self.maps.embedding):
+            raise Inexact(
+                "tie_word_embeddings: new coordinates of the one table lie elsewhere for its stacks' input than for the head; "
+                "expected tie_word_embeddings: false"
+            )
         self.change(Dim("write", None, "resize"), last, self.written)
         self.change(Dim("read", None, "resize"), stretches[-2].of(spec.stream_widths[-2]), bare)
         normed = stretches[-1] if isinstance(spec.transition, Compress) else stretches[-2]

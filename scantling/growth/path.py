@@ -12,6 +12,7 @@ from scantling.growth.feedforward import PLAIN, common_parts, grow_inner, grow_r
 from scantling.growth.hidden import LAYER_FIELDS, MODEL_FIELDS, grow_hidden
 from scantling.growth.steps import Inexact, Step
 from scantling.growth.tables import add_biases, grow_positions, grow_vocabulary, untie
+from scantling.lineage import USUAL, Policy
 from scantling.parts import (
     FFN,
     BlockDenseFFN,
@@ -30,37 +31,24 @@ from scantling.yamlio import show
 TRAINING_ONLY = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
 
 
-def path(
-    spec: ModelSpec,
-    target: ModelSpec,
-    new_layers: str = "copy",
-    width: str = "pad",
-    snr_db: float | None = None,
-    qk_noise: float | None = None,
-) -> tuple[Step, ...]:
+def path(spec: ModelSpec, target: ModelSpec, policy: Policy = USUAL) -> tuple[Step, ...]:
     """Expansions from `spec` to `target`, each exact but for stacked layers and `qk_noise`.
-
-    Args:
-        new_layers: what new layers hold; see `insert_layers`.
-        width: how the stream, heads and feed-forwards grow: `pad` or `copies`; see `grow_by_copies`, also for `snr_db`.
-        qk_noise: see `grow_key`.
 
     Raises:
         InputError: a dimension cannot be reached exactly (the message names the nearest exact target), or an option does not fit.
     """
+    width, snr_db, qk_noise = policy.width, policy.snr_db, policy.qk_noise
     if snr_db is not None and (width != "copies" or not math.isfinite(snr_db)):
         raise InputError(f"snr_db: expected a number of dB, with width: copies; got {snr_db:g} with width: {width}")
     if qk_noise is not None and not 0 < qk_noise < 1:
         raise InputError(f"qk_noise: expected a small fraction of the initial spread, such as 0.001, got {qk_noise:g}")
     try:
-        return tuple(_path(spec, target, new_layers, width, snr_db, qk_noise))
+        return tuple(_path(spec, target, policy))
     except Inexact as error:
         raise InputError(f"cannot grow exactly: {error}") from None
 
 
-def _path(
-    spec: ModelSpec, target: ModelSpec, new_layers: str, width: str, snr_db: float | None, qk_noise: float | None
-) -> Iterator[Step]:
+def _path(spec: ModelSpec, target: ModelSpec, policy: Policy) -> Iterator[Step]:
     start, places = spec, matched(spec, target)
     goal = _without_new_layers(spec, target, places)
     if spec.transition is None and goal.transition is not None and len(set(goal.stream_widths)) > 1:
@@ -78,14 +66,14 @@ def _path(
         for step in _structure(spec, index, goal.layers[index].ffn):
             yield step
             spec = step.after
-    if width == "copies" and (copies := grow_by_copies(spec, goal, snr_db)) is not None:
+    if policy.width == "copies" and (copies := grow_by_copies(spec, goal, policy.snr_db)) is not None:
         yield copies
         spec = copies.after
     if _hidden_differs(spec, goal):
         yield (step := grow_hidden(spec, goal))
         spec = step.after
     for index in range(len(spec.stacks[0])):
-        for step in _layer(spec, index, goal.layers[index], qk_noise):
+        for step in _layer(spec, index, goal.layers[index], policy.qk_noise):
             yield step
             spec = step.after
     if goal.learned_positions and goal.max_position_embeddings > spec.max_position_embeddings:
@@ -96,7 +84,9 @@ def _path(
         spec = step.after
     if len(target.layers) != len(spec.layers):
         yield (
-            step := insert_layers(spec, target, places, new_layers, widened=spec.stream_widths != start.stream_widths)
+            step := insert_layers(
+                spec, target, places, policy.new_layers, widened=spec.stream_widths != start.stream_widths
+            )
         )
         spec = step.after
     yield from _rest(spec, target)

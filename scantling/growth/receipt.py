@@ -10,8 +10,9 @@ from torch import Tensor
 
 from scantling.checkpoint import weights_of
 from scantling.growth.steps import Step
-from scantling.growth.weights import Policy, applied
+from scantling.growth.weights import applied
 from scantling.hf_weights import cast
+from scantling.lineage import Policy
 from scantling.model import Decoder, build_meta
 from scantling.rows import rows
 from scantling.spec import ModelSpec

@@ -155,3 +155,8 @@ def twins(spec: ModelSpec, index: int) -> list[int]:
     """The layers at the same place in every branch; equal by the spec's own rule."""
     depth = len(spec.stacks[0])
     return [at for at in range(len(spec.layers)) if at % depth == index % depth]
+
+
+def notes(steps: Sequence[Step]) -> list[str]:
+    """Why steps are not exact, and what else to know before training."""
+    return [note for step in steps for note in (step.broken, step.warning) if note is not None]

@@ -17,6 +17,7 @@ from torch import Tensor
 from scantling.growth.axes import Axes, Axis, axes
 from scantling.growth.noise import Noise
 from scantling.growth.steps import Change, Computed, Index, Made, Moved, Source, Step
+from scantling.lineage import USUAL, Policy
 from scantling.model import build_meta
 from scantling.model.init import spreads
 from scantling.tensor_files import Rows, Shape, Tensors, row_blocks, rows_of
@@ -24,31 +25,6 @@ from scantling.tensor_files import Rows, Shape, Tensors, row_blocks, rows_of
 DRAWN_AT_ONCE = 2**16  # random numbers of one seed
 
 Role = Literal["weight", "first", "second"]  # a weight; a moment linear in the gradient; one in its square
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Choices that preserve the function whichever way they are made.
-
-    Attributes:
-        seed: of random entries; each tensor draws its own numbers, whatever the order and however many rows at a time.
-        free: random entries are the model's own initialiser's (`initializer`), or have the standard deviation of the tensor
-            they join (`matching`).
-        moments: what second moments of new entries in old tensors start from: `mean` (of the tensor: no overshoot), or
-            `zero`, beside which torch's one step count per tensor makes first updates up to 6.6 times too large
-            (specs of AdamW with beta2 0.999).
-        new_layers: weights of a new layer: a `copy` of the layer before it where shapes agree, or `random`; its output is
-            zero either way. `stack` repeats layers verbatim, which does not preserve the function.
-        width, snr_db, qk_noise: how the width grows, and what copies and new queries under a norm start with; see `path`.
-    """
-
-    seed: int = 0
-    free: Literal["initializer", "matching"] = "initializer"
-    moments: Literal["mean", "zero"] = "mean"
-    new_layers: Literal["copy", "random", "stack"] = "copy"
-    width: Literal["pad", "copies"] = "pad"
-    snr_db: float | None = None
-    qk_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +38,7 @@ class Grown(Tensors):
 
     source: Tensors
     step: Step
-    policy: Policy = Policy()
+    policy: Policy = USUAL
     role: Role = "weight"
 
     @cached_property
@@ -346,7 +322,7 @@ def _gathered(old: Rows, shape: Shape, dtype: torch.dtype, at: int, places: Inde
     return grown
 
 
-def applied(tensors: Tensors, steps: "list[Step]", policy: Policy = Policy(), role: Role = "weight") -> Tensors:
+def applied(tensors: Tensors, steps: "list[Step]", policy: Policy = USUAL, role: Role = "weight") -> Tensors:
     """All steps in order, lazily."""
     for step in steps:
         tensors = Grown(tensors, step, policy, role)

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -74,6 +75,8 @@ def needed(tensors: Tensors) -> int:
 def new_folder(target: Path, bytes_needed: int = 0) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name when the block ends well, and is removed when it does not.
 
+    What a killed process left of an earlier try is removed first.
+
     Raises:
         InputError: the target exists.
         RunError: the disk has no room for `bytes_needed`, fills up, or is not writable.
@@ -83,6 +86,7 @@ def new_folder(target: Path, bytes_needed: int = 0) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         free = shutil.disk_usage(target.parent).free
         if free < bytes_needed:
             raise RunError(
@@ -91,12 +95,36 @@ def new_folder(target: Path, bytes_needed: int = 0) -> Iterator[Path]:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            yield temporary
-            sync_folder(temporary)
-            os.rename(temporary, target)
+            with _locked(temporary):
+                yield temporary
+                sync_folder(temporary)
+                os.rename(temporary, target)
             sync_folder(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Temporary folders of `target` whose writer lives no more: nobody holds their lock."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.[0-9]*.tmp"):
+        with suppress(OSError), _locked(folder, required=True):
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path, required: bool = False) -> Iterator[None]:
+    """A folder locked as long as this process lives; where the file system has no locks, not, unless `required`.
+
+    Raises:
+        OSError: `required` and another process has it, or nobody can.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with nullcontext() if required else suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_shards(

@@ -12,11 +12,11 @@ from scantling.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from scantling.config import RunConfig
 from scantling.errors import InputError
 from scantling.files import write_json
-from scantling.growth import Policy, Receipt, grown_state, path
+from scantling.growth import Receipt, grown_state, path
 from scantling.growth.receipt import measured, parameters
-from scantling.growth.steps import Step
+from scantling.growth.steps import Step, notes
 from scantling.growth.weights import applied
-from scantling.lineage import GrowthEntry, Stage, ancestry
+from scantling.lineage import Stage, ancestry
 from scantling.model import Decoder, build
 from scantling.tensor_files import Held
 from scantling.yamlio import load
@@ -66,7 +66,7 @@ def plan(config: RunConfig) -> list[tuple[Stage, tuple[Step, ...]]]:
     for number, stage in enumerate(config.stages[1:]):
         assert stage.growth is not None
         try:
-            found.append((stage, path(before, stage.spec, stage.growth.new_layers)))
+            found.append((stage, path(before, stage.spec, stage.growth)))
         except InputError as error:
             raise InputError(*(f"growth[{number}].to: {fault}" for fault in error.faults)) from None
         before = stage.spec
@@ -76,20 +76,20 @@ def plan(config: RunConfig) -> list[tuple[Stage, tuple[Step, ...]]]:
 def grown_groups(found: Checkpoint, stage: Stage, out: Path, main: bool) -> Groups:
     """A checkpoint's weights, average and optimizer state, grown into a stage; the main process writes the receipt."""
     assert stage.growth is not None
-    entry, policy = stage.growth, _policy(stage.growth)
-    steps = path(found.spec, stage.spec, entry.new_layers)
+    entry = stage.growth
+    steps = path(found.spec, stage.spec, entry)
     if main:
         _write_receipt(out, found, stage, steps)
 
     def group(name: str) -> dict[str, Tensor]:
-        tensors = applied(Held(found.group(name)), list(steps), policy)
+        tensors = applied(Held(found.group(name)), list(steps), entry)
         return {each: tensors.tensor(each).clone() for each in tensors.names}
 
     groups: dict[str, dict[str, Tensor]] = {MODEL: group(MODEL)}
     if found.group(AVERAGE):
         groups[AVERAGE] = group(AVERAGE)
-    if entry.moments != "fresh":
-        groups[OPTIMIZER] = grown_state(found.group(OPTIMIZER), list(steps), policy)
+    if entry.optimizer == "grown":
+        groups[OPTIMIZER] = grown_state(found.group(OPTIMIZER), list(steps), entry)
     return groups
 
 
@@ -97,7 +97,7 @@ def _write_receipt(out: Path, found: Checkpoint, stage: Stage, steps: tuple[Step
     """The receipt of a growth within a run, measured and written into the run folder."""
     assert stage.growth is not None
     with torch.random.fork_rng(devices=[]):  # measuring must not move the run's random numbers
-        proof = measured(found.spec, list(steps), Held(found.group(MODEL)), _policy(stage.growth))
+        proof = measured(found.spec, list(steps), Held(found.group(MODEL)), stage.growth)
     receipt = Receipt(
         str(found.folder),
         str(out),
@@ -106,7 +106,8 @@ def _write_receipt(out: Path, found: Checkpoint, stage: Stage, steps: tuple[Step
         parameters(found.spec),
         parameters(stage.spec),
         **proof,
-        optimizer=f"moments {stage.growth.moments}",
+        optimizer=f"{stage.growth.optimizer}; moments {stage.growth.moments}",
+        notes=notes(steps),
     )
     write_json(receipt_path(out, stage), receipt.to_json())
 
@@ -114,15 +115,6 @@ def _write_receipt(out: Path, found: Checkpoint, stage: Stage, steps: tuple[Step
 def receipt_path(out: Path, stage: Stage) -> Path:
     """Where the receipt of the growth into a stage lies."""
     return out / f"growth_{stage.first:08d}.json"
-
-
-def _policy(entry: GrowthEntry) -> Policy:
-    return Policy(
-        seed=entry.seed,
-        free=entry.free,
-        moments="zero" if entry.moments == "zero" else "mean",
-        new_layers=entry.new_layers,
-    )
 
 
 def described(config: RunConfig, steps: int, out: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from scantling.checkpoint import weights_of
 from scantling.growth.path import path
 from scantling.growth.receipt import held_model
 from scantling.growth.steps import Step
-from scantling.growth.weights import Policy, applied
+from scantling.growth.weights import applied
+from scantling.lineage import Policy
 from scantling.model import Decoder, build
 from scantling.spec import ModelSpec
 from scantling.tensor_files import Held

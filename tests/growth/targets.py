@@ -239,7 +239,14 @@ def narrow(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
 
 
 def depth(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
-    place = draw(st.integers(0, len(spec.stacks[0])))
+    """A copy of one layer: anywhere, or beside it where the stream is mapped between widths or normalised at the last one."""
+    end = len(spec.stacks[0])
+    if len(set(spec.stream_widths)) == 1:
+        place = draw(st.integers(0, end))
+    elif isinstance(spec.transition, CarryForward):
+        place = draw(st.integers(0, end if index == end - 1 else end - 1))
+    else:
+        place = draw(st.integers(index, index + 1))
     stacks = [[*stack[:place], stack[index], *stack[place:]] for stack in spec.stacks]
     return spec.replace(layers=tuple(layer for stack in stacks for layer in stack))
 

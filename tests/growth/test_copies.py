@@ -15,7 +15,7 @@ from scantling.checkpoint import optimizer_tensors, restore_optimizer, weights_o
 from scantling.errors import InputError
 from scantling.growth import Policy, grow, grow_folder, path
 from scantling.growth.copies import EQUAL as EQUAL_COPIES
-from scantling.growth.folders import grown_state, planned
+from scantling.growth.folders import grown_state
 from scantling.growth.steps import Change
 from scantling.growth.weights import applied
 from scantling.model import Decoder
@@ -82,7 +82,7 @@ def decoded(model: Decoder, ids: Tensor) -> Tensor:
 def test_copies_preserve_every_family(name: str, times: int, policy: Policy) -> None:
     spec = family(name)
     target = multiplied(spec, times, times, times)
-    (step,) = planned(spec, target, policy)
+    (step,) = path(spec, target, policy)
     assert step.after.dump() == target.dump() and step.broken is None
     assert (step.warning is None) == (policy.snr_db is not None)
     model = random_model(spec)
@@ -94,16 +94,16 @@ def test_copies_preserve_every_family(name: str, times: int, policy: Policy) -> 
     assert difference(single, grown_model(single, [step], policy)) < 1e-5
 
 
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_copies_of_any_spec(data: st.DataObject) -> None:
     spec = data.draw(specs())
     assume(not isinstance(spec.transition, Gaussian))
-    target = multiplied(spec, *(data.draw(st.integers(1, 3)) for _ in range(3)))
+    target = multiplied(spec, *(data.draw(st.sampled_from([2, 3, 1])) for _ in range(3)))
     more = data.draw(st.integers(0, 2))
     target = target.replace(vocab_size=target.vocab_size + more, lm_head_bias=True, embedding_multiplier=3.0)
     try:
-        steps = planned(spec, target, data.draw(st.sampled_from([EQUAL, NOISY])))
+        steps = path(spec, target, data.draw(st.sampled_from([EQUAL, NOISY])))
     except InputError as error:
         event(str(error)[20:60])
         assert "expected" in str(error)
@@ -132,7 +132,7 @@ def test_parts_alone_and_with_other_growth(changes: dict[str, Any]) -> None:
     spec, target = spec_from(SMALL), spec_from({**SMALL, **changes})
     model = random_model(spec)
     for policy in (EQUAL, NOISY):
-        steps = planned(spec, target, policy)
+        steps = path(spec, target, policy)
         assert steps[0].rule == "copies" and steps[-1].after.dump() == target.dump()
         assert difference(model, grown_model(model, steps, policy)) < 1e-10
 
@@ -149,7 +149,7 @@ def gradients(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
 def test_moments_follow_the_gradients(name: str) -> None:
     """The gradient is what a first moment averages, its square what a second does: grown moments are the grown model's own."""
     spec = family(name)
-    steps = planned(spec, multiplied(spec, 3, 3, 3), EQUAL)
+    steps = path(spec, multiplied(spec, 3, 3, 3), EQUAL)
     model, ids = random_model(spec), some_ids(spec, 5, (3, 9))
     old, new = gradients(model, ids), gradients(grown_model(model, steps), ids)
     squares = Held({name: each.square() for name, each in old.items()})
@@ -166,7 +166,7 @@ def test_one_step_of_adam_moves_every_copy_as_its_original() -> None:
     spec = spec_from(OURS)
     target = multiplied(spec, 2, 2, 2)
     model, optimizer = trained(spec)
-    grown, (step,) = grow(model, target, EQUAL).train(), planned(spec, target, EQUAL)
+    grown, (step,) = grow(model, target, EQUAL).train(), path(spec, target, EQUAL)
     later = adam(grown)
     restore_optimizer(grown, [later], grown_state(optimizer_tensors(model, [optimizer]), [step]))
     before, start = ({name: value.clone() for name, value in weights_of(each)[0].items()} for each in (model, grown))
@@ -191,7 +191,7 @@ def test_equal_copies_train_as_the_old_model_at_a_smaller_rate_for_what_adds_up(
     later.param_groups.clear()
     later.add_param_group({"params": others})
     later.add_param_group({"params": added_up, "lr": rate / times})
-    steps = planned(spec, grown.spec, EQUAL)
+    steps = path(spec, grown.spec, EQUAL)
     restore_optimizer(grown, [later], grown_state(optimizer_tensors(model, [optimizer]), steps))
     for seed in range(9, 14):
         update(model, optimizer, seed)
@@ -208,7 +208,7 @@ def test_equal_copies_stay_equal_and_noisy_ones_do_not(name: str) -> None:
     spec = family(name)
     target, original = multiplied(spec, 2, 2, 2), random_model(spec)
     for policy in (EQUAL, NOISY):
-        (step,) = planned(spec, target, policy)
+        (step,) = path(spec, target, policy)
         model = grown_model(original, [step], policy).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         for seed in range(4):
@@ -236,7 +236,7 @@ def test_noise_has_the_power_asked_for_and_its_own_numbers_everywhere() -> None:
     target = multiplied(spec, 5, 3, 2)
     model = random_model(spec)
     weights = Held(weights_of(model)[0])
-    (equal,), (noisy,) = planned(spec, target, EQUAL), planned(spec, target, NOISY)
+    (equal,), (noisy,) = path(spec, target, EQUAL), path(spec, target, NOISY)
     seen = []
     for name in (
         "layers.0.self_attn.q_proj.weight",
@@ -279,16 +279,16 @@ def test_noise_has_the_power_asked_for_and_its_own_numbers_everywhere() -> None:
 )
 def test_what_cannot_be_copied(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=re.escape(sentence)):
-        planned(spec_from(OURS), spec_from({**OURS, **changes}), EQUAL)
+        path(spec_from(OURS), spec_from({**OURS, **changes}), EQUAL)
 
 
 def test_options_that_do_not_fit() -> None:
     spec = spec_from(OURS)
     for policy in (Policy(snr_db=10.0), Policy(width="copies", snr_db=float("nan")), Policy(qk_noise=0.0)):
         with pytest.raises(InputError, match="expected"):
-            planned(spec, multiplied(spec, 2), policy)
+            path(spec, multiplied(spec, 2), policy)
     with pytest.raises(InputError, match="block_shuffle"):
-        planned(family("block shuffle"), multiplied(family("block shuffle"), 2), EQUAL)
+        path(family("block shuffle"), multiplied(family("block shuffle"), 2), EQUAL)
     with pytest.raises(InputError, match=r"width: copies.*hidden_size 32"):
         path(family("post-norm"), multiplied(family("post-norm"), 2))
 
@@ -297,22 +297,22 @@ def test_tied_tables_without_a_final_norm_need_a_logit_scale() -> None:
     spec = spec_from({**OURS, "tie_word_embeddings": True, "final_norm": "none", "logits_scaling": 2.0})
     target = multiplied(spec, 3, 1, 1)
     with pytest.raises(InputError, match=r"expected logits_scaling: ([\d.]+), or tie_word_embeddings: false") as caught:
-        planned(spec, target, EQUAL)
+        path(spec, target, EQUAL)
     (scale,) = re.findall(r"logits_scaling: ([\d.]+),", str(caught.value))
     model = random_model(spec)
     for exact in (target.replace(logits_scaling=float(scale)), target.replace(tie_word_embeddings=False)):
-        assert difference(model, grown_model(model, planned(spec, exact, NOISY))) < 1e-10
+        assert difference(model, grown_model(model, path(spec, exact, NOISY))) < 1e-10
 
 
 def test_copied_heads_that_would_read_other_keys_name_the_map() -> None:
     spec = spec_from({**OURS, "head_to_group": [0, 0, 0, 1]})
     wrong = spec_from({**OURS, "num_attention_heads": 8, "num_key_value_heads": 4, "head_to_group": [0, 1, 2, 3] * 2})
     with pytest.raises(InputError, match="head_to_group") as caught:
-        planned(spec, wrong, EQUAL)
+        path(spec, wrong, EQUAL)
     (named,) = re.findall(r"expected (\[.*\])", str(caught.value))
     exact = all_layers(wrong, None, head_to_group=tuple(map(int, named.strip("[]").split(","))))
     model = random_model(spec)
-    assert difference(model, grown_model(model, planned(spec, exact, NOISY))) < 1e-10
+    assert difference(model, grown_model(model, path(spec, exact, NOISY))) < 1e-10
 
 
 # --- keys under a q/k norm ---------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_noisy_keys_under_a_norm_err_by_the_square_of_the_noise(over: str) -> No
         path(spec, target)
     model, errors = random_model(spec), {}
     for noise in (1e-2, 1e-3, 1e-4):
-        steps = planned(spec, target, Policy(qk_noise=noise))
+        steps = path(spec, target, Policy(qk_noise=noise))
         assert all(step.broken is not None and f"{noise:g}" in step.broken for step in steps)
         errors[noise] = difference(model, grown_model(model, steps))
     assert 0 < errors[1e-3] < 1e-4

@@ -33,17 +33,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("Mistral", {**SIZES, "sliding_window": 8}, WIDER),
     "qwen2": ("Qwen2", SIZES, WIDER),
     "qwen3": ("Qwen3", SIZES, WIDER),
+    "gemma": ("Gemma", SIZES, WIDER),
     "gemma2": (
         "Gemma2",
         {**SIZES, "query_pre_attn_scalar": 8, "num_hidden_layers": 2},
         WIDER | {"num_hidden_layers": 2},
     ),
     "gpt2": ("GPT2", GPT2, {"n_embd": 48, "n_head": 6, "n_inner": 60, "n_layer": 3}),
+    "gpt_neox": (
+        "GPTNeoX",
+        {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "head_dim")},
+        WIDER,
+    ),
+    "olmo2": (
+        "Olmo2",
+        {key: value for key, value in SIZES.items() if key != "head_dim"},
+        {"intermediate_size": 60, "num_hidden_layers": 4},  # norms over all heads: heads and their sizes stay
+    ),
     "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}, WIDER),
 }
 
 
-def stock(folder: Path, family: str, **more: Any) -> Any:
+def stock(folder: Path, family: str, max_shard_size: str = "5GB", **more: Any) -> Any:
     """A random model of the real class, saved as people save it; every gain and bias is random too."""
     name, sizes, _ = FAMILIES[family]
     torch.manual_seed(0)
@@ -53,7 +64,7 @@ def stock(folder: Path, family: str, **more: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 
 
@@ -148,7 +159,7 @@ def test_old_entries_take_the_same_step(name: str) -> None:
     """With moments grown alongside, one step moves every old entry by what it would have moved before."""
     spec, target = spec_from(SPEC), spec_from({**SPEC, **TARGETS[name]})
     model, optimizer = trained(spec)
-    steps = list(path(spec, target, "random"))
+    steps = list(path(spec, target, Policy(new_layers="random")))
     grown = grow(model, target, Policy(new_layers="random")).train()
     later = adam(grown)
     checkpoint.restore_optimizer(grown, [later], grown_state(optimizer_tensors(model, [optimizer]), steps))
