@@ -237,14 +237,15 @@ def _rotary_advice(where: str, layer: LayerSpec, target: LayerSpec, old: Rope) -
     size = old.frequency_size or old.rotated(layer.head_dim)
     grown = target.head_dim * size / layer.head_dim
     factor = old.partial_rotary_factor * layer.head_dim / target.head_dim
-    ways = [f"position.frequency_size: {size}"]
-    if old.scaling is None or old.scaling.kind != "ntk":
-        ways.append(f"rope_theta: {old.rope_theta ** (grown / size)!r}")
-    ways.append(f"partial_rotary_factor: {factor:.10g}")
-    twice = 2 * layer.head_dim
-    if target.head_dim % layer.head_dim:
-        ways.append(f"head_dim {twice} with the same rope_theta")
+    theta, twice = old.rope_theta ** (grown / size), 2 * layer.head_dim
+    ways = {
+        f"position.frequency_size: {size}": (old.replace(frequency_size=size), target.head_dim),
+        f"rope_theta: {theta!r}": (old.replace(rope_theta=theta), target.head_dim),
+        f"partial_rotary_factor: {factor:.10g}": (old.replace(partial_rotary_factor=factor), target.head_dim),
+        f"head_dim {twice} with the same rope_theta": (old, twice),
+    }
+    exact = [way for way, (new, wide) in ways.items() if _pairs(old, layer.head_dim, new, wide) is not None]
     return (
         f"{where}: head_dim {layer.head_dim} to {target.head_dim} would change the rotary frequencies of old pairs; expected "
-        f"one of {'; '.join(ways)}"
+        f"one of {'; '.join(exact)}"
     )

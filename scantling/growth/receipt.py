@@ -1,6 +1,5 @@
 """The receipt of a growth: what was done, and measured proof that the function is the same and the new part can learn."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from scantling.checkpoint import weights_of
 from scantling.growth.steps import Step
+from scantling.growth.streamed import largest_part, streamed_logits
 from scantling.growth.weights import applied
 from scantling.hf_weights import cast
 from scantling.lineage import Policy
@@ -32,7 +32,8 @@ class Receipt:
         exact: False when a step is no function-preserving one.
         notes: why it is none, and what else to know before training.
         logit_difference: by precision, the largest absolute difference between logits of old tokens before and after, on
-            random ids and on the given text; None with a reason in `not_measured`.
+            random ids and on the given text; None with a reason in `not_measured`. Of models that do not fit into memory
+            in float32 alone, and what follows but `largest_logit` is None.
         largest_logit: for scale.
         rounding: by precision, the largest difference of the *unchanged* model from itself in float64: what to expect.
         liveness: share of new parameters that a gradient reaches within two steps (rows of tokens not seen left out).
@@ -58,9 +59,10 @@ class Receipt:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; `max_abs_logit_difference` is the float64 one."""
-        difference = self.logit_difference
-        return {**asdict(self), "max_abs_logit_difference": None if difference is None else difference["float64"]}
+        """Plain data; `max_abs_logit_difference` is the float64 one, or the float32 one where it is the only one."""
+        difference = self.logit_difference or {}
+        largest = difference.get("float64", difference.get("float32"))
+        return {**asdict(self), "max_abs_logit_difference": largest}
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -88,10 +90,10 @@ def measured(
         text: token ids (1, seq) to compare on beside random ones.
     """
     after = steps[-1].after if steps else before
-    if (obstacle := _obstacle(before, after)) is not None:
-        return not_measured(obstacle)
     length = min(CHECKED_TOKENS, before.max_position_embeddings)
     ids = torch.randint(before.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    if (obstacle := _obstacle(before, after)) is not None:
+        return _streamed(before, steps, weights, policy, ids, text, obstacle)
     differences: dict[str, float] = {}
     on_text: dict[str, float] = {}
     rounding: dict[str, float] = {}
@@ -131,12 +133,47 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().max())
 
 
+def _streamed(
+    before: ModelSpec,
+    steps: Sequence[Step],
+    weights: Tensors,
+    policy: Policy,
+    ids: Tensor,
+    text: Tensor | None,
+    why: str,
+) -> dict[str, Any]:
+    """Logits compared in float32, a part of a model in memory at a time; the rest of the measured half is empty."""
+    after = steps[-1].after if steps else before
+    wanted = 12 * max(largest_part(before), largest_part(after))  # a part, what it is made of, and what it computes
+    if wanted > (free := free_memory()):
+        return not_measured(f"{why}; part by part it needs {wanted:,}, {free:,} are free")
+    given = cast(weights, torch.float32)
+    grown = applied(given, list(steps), policy)
+    differences, largest = [], 0.0
+    for tokens in (ids,) if text is None else (ids, text):
+        old = streamed_logits(before, given, tokens)
+        differences.append(_largest(streamed_logits(after, grown, tokens)[..., : before.vocab_size] - old))
+        largest = max(largest, _largest(old))
+    on_text = None if text is None else {"float32": differences[1]}
+    found = {
+        "logit_difference": {"float32": differences[0]},
+        "text_logit_difference": on_text,
+        "largest_logit": largest,
+    }
+    return not_measured(f"{why}, so logits were compared part by part and only in float32") | found
+
+
 def _obstacle(before: ModelSpec, after: ModelSpec) -> str | None:
-    wanted = 8 * (parameters(before) + 3 * parameters(after))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if wanted <= free:
-        return None
-    return f"comparing logits needs {wanted:,} bytes of memory, {free:,} are free"
+    """Why the models cannot be measured in memory."""
+    wanted, free = 8 * (parameters(before) + 3 * parameters(after)), free_memory()
+    return None if wanted <= free else f"measuring needs {wanted:,} bytes of memory, {free:,} are free"
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping; what only caches files counts as free."""
+    with open("/proc/meminfo") as file:
+        sizes = dict(line.split(":") for line in file)
+    return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def new_entries(steps: Sequence[Step], weights: Tensors) -> dict[str, Tensor]:

@@ -33,12 +33,14 @@ def growth(receipt: Any) -> None:
             precision,
             f"{difference:.1e}",
             "" if text is None else f"{text[precision]:.1e}",
-            f"{receipt.rounding[precision]:.1e}",
+            "" if receipt.rounding is None else f"{receipt.rounding[precision]:.1e}",
         )
     console.print(proof)
-    console.print(
-        f"largest logit {receipt.largest_logit:.3g}; one sign-sized update of 1e-4 moves logits by {receipt.one_step:.2g}"
-    )
+    console.print(f"largest logit {receipt.largest_logit:.3g}")
+    if receipt.not_measured is not None:
+        console.print(f"nothing else measured: {receipt.not_measured}")
+        return
+    console.print(f"one sign-sized update of 1e-4 moves logits by {receipt.one_step:.2g}")
     if receipt.liveness is not None:
         console.print(f"a gradient reaches {receipt.liveness:.2%} of the new parameters within two steps")
 

@@ -11,7 +11,7 @@ from scantling import checkpoint
 from scantling.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from scantling.config import RunConfig
 from scantling.errors import InputError
-from scantling.files import write_json
+from scantling.files import checkpoint_folders, write_json
 from scantling.growth import Receipt, grown_state, path
 from scantling.growth.receipt import measured, parameters
 from scantling.growth.steps import Step, notes
@@ -24,14 +24,15 @@ from scantling.yamlio import load
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
-def initial(config: RunConfig, device: str) -> Decoder:
-    """The model as the run begins: random weights, or those of the checkpoint it starts from.
+def initial(config: RunConfig, device: str, out: Path) -> Decoder:
+    """The model as the run begins: random weights, or those of the checkpoint it starts from; once it has checkpoints of its own
+    these are read later, and the other may be gone.
 
     Raises:
         InputError: the checkpoint is gone or damaged.
     """
     model = build(config.spec, seed=config.train.seed, device=device)
-    if config.start is not None:
+    if config.start is not None and not checkpoint_folders(out / "checkpoints"):
         checkpoint.restore_weights(model, _started_from(config).group(MODEL))
     return model
 

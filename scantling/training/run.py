@@ -119,7 +119,7 @@ class _Run:
         self.dataset: Dataset = world.first(lambda: opened_dataset(config, quiet))
         self.engine = engines.choose(config, out, world)
         self.ceiling = matmul_ceiling(self.engine.precision, self.engine.device)
-        model = lineage.initial(config, world.building)
+        model = lineage.initial(config, world.building, out)
         self.stepper = Stepper(config, self.engine, world, self.dataset, model)
         self.state, self.warnings = restore(config, out, self.stepper)
         self.warnings += lacking_for_mup(config.spec, config.train)
@@ -247,7 +247,7 @@ class _Run:
         state = self.state
         failed = state.watch.events[-1]["step"]
         watch, shift, seconds = state.watch, state.shift, state.seconds
-        self.stepper.begin_again()
+        self.stepper.begin_again(lineage.initial(self.config, self.world.building, self.out))
         self.state, _ = restore(self.config, self.out, self.stepper)
         past = self.config.tokens_after(failed) - self.config.tokens_after(self.state.step)
         self.state.watch.events = watch.events

@@ -14,7 +14,7 @@ from scantling.files import explained
 from scantling.model.guided import plain_name
 from scantling.recipe import Guard
 from scantling.training.guard import Watch
-from scantling.training.lineage import Groups, grown_groups, parents
+from scantling.training.lineage import Groups, grown_groups, parents, started_optimizer
 from scantling.training.parallel import World
 from scantling.training.step import Stepper
 
@@ -137,6 +137,7 @@ def restore(config: RunConfig, out: Path, stepper: Stepper) -> tuple[State, list
     """
     found, passed = _newest(out / "checkpoints", stepper.world)
     if found is None:
+        checkpoint.restore_optimizer(stepper.model, stepper.optimizers, started_optimizer(config))
         return State(Watch(config.train.guard), parents=parents(config)), passed
     if found.state.get("run_hash") != config.hash:
         raise InputError(f"{found.folder}: belongs to another run; delete {out} or choose another --out")

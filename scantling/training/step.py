@@ -21,7 +21,6 @@ from scantling.profile import DATA
 from scantling.spec import ModelSpec
 from scantling.training import engine as engines
 from scantling.training.engine import Engine
-from scantling.training.lineage import initial, started_optimizer
 from scantling.training.parallel import World
 
 
@@ -55,7 +54,6 @@ class Stepper:
         self.config, self.engine, self.world, self.dataset, self.model = config, engine, world, dataset, model
         self.loader = Loader(self)
         self._start()
-        checkpoint.restore_optimizer(self.model, self.optimizers, started_optimizer(config))
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,16 +89,14 @@ class Stepper:
             self.average = Average(self.model, self.average.decay)
             self.average.load({plain_name(name): value for name, value in average.items() if not is_guide(name)})
 
-    def begin_again(self) -> None:
+    def begin_again(self, fresh: Decoder) -> None:
         """Weights, optimizers, guides and average as at the start of the run, for a restore to fill."""
         remove_guides(self.model)
-        fresh = initial(self.config, self.world.building)
         if self.spec != fresh.spec:
             self.model = fresh
         else:
             checkpoint.restore_weights(self.model, checkpoint.weights_of(fresh)[0])
         self._start()
-        checkpoint.restore_optimizer(self.model, self.optimizers, started_optimizer(self.config))
 
     def become(self, spec: ModelSpec) -> None:
         """A model of another spec, with fresh weights, optimizers and average, for a restore to fill."""

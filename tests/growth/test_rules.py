@@ -24,10 +24,12 @@ from scantling.growth.weights import applied
 from scantling.model import Decoder
 from scantling.model.layer import Cache
 from scantling.parts import Rope
+from scantling.resolve import spec_from
 from scantling.spec import ModelSpec
 from scantling.tensor_files import Held
-from tests.growth.families import FAMILIES, RULES, family
-from tests.growth.growing import grown_model, random_model, some_ids
+from tests.growth.families import FAMILIES, OURS, RULES, family
+from tests.growth.growing import grow_error, grown_model, random_model, some_ids
+from tests.growth.targets import all_layers
 
 JOINT_NORM = "qk_norm over all heads takes its statistic over new"
 KEPT_NORM = "expected qk_norm.statistic_size: 8"
@@ -84,6 +86,40 @@ def test_what_is_impossible_is_said(rule: str, name: str) -> None:
     with pytest.raises(InputError, match="cannot grow exactly: ") as caught:
         path(family(name), target)
     assert str(sentence(rule, name)) in str(caught.value)
+
+
+SCALINGS: list[dict[str, Any] | None] = [
+    None,
+    {"kind": "linear", "factor": 2.0},
+    {"kind": "ntk", "factor": 4.0},
+    {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda each: each and each["kind"])
+def test_every_named_alternative_is_exact(scaling: dict[str, Any] | None) -> None:
+    """What the sentence on rotary frequencies lists, taken at its word; and the gain form of another epsilon."""
+    spec = spec_from({**OURS, "position": {"kind": "rope", "scaling": scaling}})
+    with pytest.raises(InputError, match="expected one of") as caught:
+        path(spec, all_layers(spec, None, head_dim=10))
+    named = str(caught.value).partition("expected one of ")[2].split("; ")
+    assert len(named) >= 2
+    for each in named:
+        key, _, given = each.removeprefix("position.").partition(": ")
+        size, changes = (10, {key: float(given)}) if given else (int(each.split()[1]), {})
+        way = {name: int(value) if name == "frequency_size" else value for name, value in changes.items()}
+        target = all_layers(spec, None, head_dim=size, position=lambda layer, way=way: layer.position.replace(**way))
+        assert grow_error(spec, target) < 1e-10, each
+
+    wider = {"hidden_size": 24, "rms_norm_eps": 1e-6}
+    with pytest.raises(
+        InputError, match=r"expected eps (\S+) \(gain form\), eps (\S+) everywhere \(writer form\)"
+    ) as caught:
+        path(family("llama"), spec_from({**OURS, **wider}))
+    gain, writer = re.findall(r"eps (\S+) (?:\(gain|everywhere)", str(caught.value))
+    for eps in (gain, writer):
+        assert grow_error(spec_from(OURS), spec_from({**OURS, **wider, "rms_norm_eps": float(eps)})) < 1e-10
 
 
 # --- the same function -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from scantling import checkpoint
 from scantling.cli import main
 from scantling.config import RunConfig, load_run, run_from
 from scantling.costing import flops_per_token
-from scantling.errors import InputError
+from scantling.errors import InputError, RunError
 from scantling.files import checkpoint_folders
 from scantling.growth import grow, grow_folder
 from scantling.laws.cleaning import clean
@@ -129,6 +129,19 @@ def test_flops_and_stages_are_summed(corpus: Path, tmp_path: Path) -> None:
     assert state(tmp_path)["stages"] == config.history(STEPS)
 
 
+def test_every_policy_of_growth_works_within_a_run(corpus: Path, tmp_path: Path) -> None:
+    doubled = {**SMALL, "hidden_size": 32, "num_attention_heads": 4, "ffn": {"kind": "dense", "intermediate_size": 48}}
+    copies = {"at": 0.5, "to": doubled, "width": "copies", "snr_db": 10, "moments": "zero"}
+    stack = {"at": 0.5, "to": {**SMALL, "num_hidden_layers": 4}, "new_layers": "stack", "optimizer": "fresh"}
+    exact = {}
+    for name, entry in (("copies", copies), ("stack", stack)):
+        record = train(resolved(growing(corpus, entry)), tmp_path / name, quiet=True)
+        exact[name] = record.stages[1]["receipt"]["exact"]
+        said = [warning for warning in record.warnings if "not function-preserving" in warning]
+        assert bool(said) is not exact[name]
+    assert exact == {"copies": True, "stack": False}
+
+
 def test_a_rollback_after_a_growth_goes_back_to_it(corpus: Path, tmp_path: Path) -> None:
     """The checkpoint where the model grows is the small one; what comes back from it is the large one."""
     config = resolved(growing(corpus, {"at": 0.5, "to": DEEP}, guard={"non_finite": "rollback"}))
@@ -236,12 +249,14 @@ def test_a_run_starts_from_a_grown_checkpoint(corpus: Path, parent: Path, tmp_pa
     assert [entry["spec_hash"] for entry in record.parents] == [before.spec_hash]
     assert record.parents[0]["train_flops"] == before.flops["train"]
     assert record.flops["train_cumulative"] == pytest.approx(record.flops["train"] + before.flops["train"])
-    train_with_stops(config, tmp_path / "stopped", [1, 5])
+    with pytest.raises(RunError, match="deadline reached"):
+        train(config, tmp_path / "stopped", quiet=True, deadline=0.0)
+    shutil.rmtree(tmp_path / "grown")  # once begun, a run needs no parent
+    train(load_run(tmp_path / "stopped/config.yaml"), tmp_path / "stopped", quiet=True)
     assert_same_run(tmp_path / "run", tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "grown")
-    assert (
-        train(load_run(tmp_path / "run/config.yaml"), tmp_path / "run", quiet=True) == record
-    )  # done: needs no parent
+    assert train(load_run(tmp_path / "run/config.yaml"), tmp_path / "run", quiet=True) == record
+    with pytest.raises(InputError, match="no such file"):
+        train(load_run(tmp_path / "run/config.yaml"), tmp_path / "another", quiet=True)
 
 
 def test_a_kept_optimizer_goes_on(corpus: Path, parent: Path, tmp_path: Path) -> None:
