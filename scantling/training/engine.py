@@ -36,7 +36,7 @@ FILE, MEASURED = "engine.json", "measured.json"
 LONG = 2048  # longest sequence for which keeping the attention probabilities on a CPU is tried
 COMPILE_AFTER = 1200.0  # seconds a run must take before compiling is tried
 FLOAT32_SETTINGS = ("highest", "high", "medium")
-KERNELS: tuple[Literal["block"], Literal["fused"]] = ("block", "fused")
+KERNELS: tuple[Literal["block", "fused"], ...] = ("block", "fused")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
@@ -184,11 +184,11 @@ def fastest_attention(
         shapes.setdefault(key, []).append(layer)
 
     def ratio() -> float:
-        seconds = [
-            sum(len(same) * _attention_seconds(same[0], sequence_length, precision, kernel) for same in shapes.values())
-            for kernel in KERNELS
-        ]
-        return seconds[1] / seconds[0]
+        block, fused = 0.0, 0.0
+        for same in shapes.values():
+            seconds = _attention_seconds(same[0], sequence_length, precision)
+            block, fused = block + len(same) * seconds[0], fused + len(same) * seconds[1]
+        return fused / block
 
     layers = ", ".join(f"{len(same)} x {key}" for key, same in shapes.items())
     products = torch.get_float32_matmul_precision()  # the fused kernel is slower beside oneDNN's
@@ -204,9 +204,8 @@ def _read_heads(layer: LayerSpec) -> int:
     return layer.num_key_value_heads if layer.head_to_group is None else layer.num_attention_heads
 
 
-def _attention_seconds(
-    layer: LayerSpec, length: int, precision: Precision, kernel: Literal["block", "fused"], sequences: int = 2
-) -> float:
+def _attention_seconds(layer: LayerSpec, length: int, precision: Precision, sequences: int = 2) -> list[float]:
+    """The fastest forward and backward pass of each kernel, in turn, so that a busy machine is unfair to neither."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     heads, groups = layer.num_attention_heads, _read_heads(layer)
 
@@ -215,11 +214,12 @@ def _attention_seconds(
 
     q, k, v = tensor(heads, layer.head_dim), tensor(groups, layer.head_dim), tensor(groups, layer.v_head_dim)
     gradient = torch.ones(sequences, heads, length, layer.v_head_dim, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        attend(q, k, v, layer.scale, layer.sliding_window, kernel=kernel).backward(gradient)
-        best = min(best, time.perf_counter() - started)
+    best = [float("inf")] * len(KERNELS)
+    for _ in range(6):
+        for number, kernel in enumerate(KERNELS):
+            started = time.perf_counter()
+            attend(q, k, v, layer.scale, layer.sliding_window, kernel=kernel).backward(gradient)
+            best[number] = min(best[number], time.perf_counter() - started)
     return best
 
 

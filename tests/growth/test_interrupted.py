@@ -127,6 +127,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
     assert names(tmp_path) == ["old", "target.json"]
 
 
+@pytest.mark.slow
 def test_another_growth_at_work_is_left_alone(tmp_path: Path) -> None:
     """What a living process writes is no left-over: its lock says so."""
     stock(tmp_path / "old", "llama")
