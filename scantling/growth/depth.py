@@ -35,6 +35,11 @@ def insert_layers(
     """
     old_depth, depth = len(spec.stacks[0]), len(target.stacks[0])
     after = spec.replace(layers=target.layers, transition=target.transition)
+    if after.stream_widths[0] != spec.stream_widths[0]:
+        raise Inexact(
+            f"layers[0].hidden_size {after.stream_widths[0]}: branches map their input to the first layer's width, "
+            f"{spec.stream_widths[0]} so far; expected {spec.stream_widths[0]}, or the new layer further up"
+        )
     if spec.final_norm is not None and after.norm_width != spec.norm_width:
         raise Inexact(
             f"layers[{depth - 1}].hidden_size {after.norm_width}: the final norm is over the last layer's width, "

@@ -244,7 +244,8 @@ def depth(draw: st.DrawFn, spec: ModelSpec, index: int) -> ModelSpec:
     if len(set(spec.stream_widths)) == 1:
         place = draw(st.integers(0, end))
     elif isinstance(spec.transition, CarryForward):
-        place = draw(st.integers(0, end if index == end - 1 else end - 1))
+        projected = spec.branches is not None and spec.branches.entry == "projection"
+        place = draw(st.integers(int(projected and index > 0), end if index == end - 1 else max(1, end - 1)))
     else:
         place = draw(st.integers(index, index + 1))
     stacks = [[*stack[:place], stack[index], *stack[place:]] for stack in spec.stacks]
