@@ -106,7 +106,7 @@ def test_finished_cells_are_skipped_and_failures_do_not_stop_the_rest(text: Path
 
 
 def test_an_interrupted_study_goes_on(text: Path, tmp_path: Path) -> None:
-    study = small(text, families={"uniform": {}}, sizes=[{"hidden_size": 16}], tokens_per_parameter=[60], workers=1)
+    study = small(text, families={"uniform": {}}, sizes=[{"hidden_size": 16}], tokens_per_parameter=[10], workers=1)
     (tmp_path / "study.yaml").write_text(dumps(study.model_dump(mode="json")))
     command = [sys.executable, "-m", "scantling", "study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "s")]
     process = subprocess.Popen(

@@ -18,7 +18,7 @@ from scantling.planning.variants import Floats
 
 POINTS = 800  # losses between the start and the target, evenly in log tokens of the target
 BEYOND = 100.0  # log ratio of marginal costs where the smaller shape never gets to the loss
-FIRST = 1e-12  # of the target's tokens: where a run from scratch begins on that grid
+FIRST = 1e-3  # tokens: where a run from scratch begins on that grid; laws put no switch below
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def cheapest(shapes: Sequence[Trained], goal: float, start: float = math.inf) ->
     """
     last = shapes[-1].curve
     tokens = float(last.tokens(goal))
-    first = float(last.tokens(start)) if math.isfinite(start) else FIRST * tokens
+    first = float(last.tokens(start)) if math.isfinite(start) else min(FIRST, tokens / 2)
     grid = np.asarray(last.loss(np.geomspace(first, tokens, POINTS)), dtype=np.float64)
     grid[-1] = goal
     if math.isfinite(start):
@@ -174,7 +174,7 @@ def spent_holding(shapes: Sequence[Trained], plan: Sequence[Leg], tokens: float,
 def turns_back(shapes: Sequence[Trained], goal: float) -> bool:
     """Whether the shape of least marginal cost would somewhere be an earlier one again, which growth cannot do."""
     last = shapes[-1].curve
-    grid = last.loss(np.geomspace(FIRST * float(last.tokens(goal)), float(last.tokens(goal)), 200))
+    grid = last.loss(np.geomspace(FIRST, max(2 * FIRST, float(last.tokens(goal))), 400))
     best = [int(np.argmin([shape.marginal(float(loss)) for shape in shapes])) for loss in grid]
     return any(after < before for before, after in pairwise(best))
 

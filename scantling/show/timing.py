@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -13,6 +14,11 @@ from scantling.units import format_count, format_flops
 if TYPE_CHECKING:
     from scantling.laws.evidence import Estimate
     from scantling.planning.timing import Timing
+
+
+def _label(name: str, names: list[str]) -> str:
+    """The file's name without its folder, where that tells it from the others."""
+    return Path(name).name if sum(Path(each).name == Path(name).name for each in names) == 1 else name
 
 
 def timing(found: Timing) -> None:
@@ -33,7 +39,7 @@ def timing(found: Timing) -> None:
     for leg in found.legs:
         shape = found.shapes[leg.shape]
         table.add_row(
-            escape(shape.name),
+            escape(_label(shape.name, [each.name for each in found.shapes])),
             format_count(shape.parameters, 4),
             format_flops(shape.flops_per_token, 4),
             f"{leg.from_loss:.4f}" if math.isfinite(leg.from_loss) else "scratch",

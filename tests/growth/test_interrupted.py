@@ -58,6 +58,7 @@ def begun(source: Path, to: Path, out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", SLOW_GROWTH, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
 
 

@@ -365,7 +365,7 @@ def test_verb_and_what_to_paste(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     )
     (tmp_path / "run.yaml").write_text(run)
     code, out, _ = command(capsys, *asked)
-    row = next(line for line in out.splitlines() if line.startswith(str(large)))
+    row = next(line for line in out.splitlines() if line.startswith(large.name))
     assert f"{format_count(found['legs'][1]['already'], 4)}  " in row and row.index(
         format_count(found["legs"][1]["already"], 4)
     ) < row.index(format_count(found["legs"][1]["tokens"], 4))
