@@ -12,9 +12,10 @@ from scantling.errors import InputError, ScantlingError
 
 app = App(
     name="scantling",
-    help="Size every part of a decoder-only language model: cost, train, study, fit, predict, plan, report.",
+    help="Size every part of a decoder-only language model: cost, train, study, fit, predict, plan, grow, report.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # `main` says it, with an exit code of the contract
 )
 
 Set = Annotated[
