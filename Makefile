@@ -39,9 +39,9 @@ demo: setup
 docs: setup
 	$(BIN)/python docs/accounting.py
 	$(BIN)/pdoc --docformat google --output-directory site scantling $(addprefix scantling.,parts spec resolve rows costing shapes config \
-	  data data.corpus data.dataset recipe record study laws laws.forms laws.fitting laws.savings planning reporting model training checkpoint \
+	  data data.corpus data.dataset recipe lineage record study laws laws.forms laws.fitting laws.savings planning reporting model training checkpoint \
 	  tensor_files hf_folder hf_weights hf_writer growth $(addprefix growth.,path steps axes receipt weights attention copies depth \
-	  experts feedforward folders hidden noise stream streamed tables))
+	  experts feedforward folders hidden layerwise noise stream tables))
 
 clean:
 	rm -rf $(DEMO) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

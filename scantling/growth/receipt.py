@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scantling.checkpoint import weights_of
+from scantling.growth.layerwise import largest_part, layerwise_logits
 from scantling.growth.steps import Step
-from scantling.growth.streamed import largest_part, streamed_logits
 from scantling.growth.weights import applied
 from scantling.hf_weights import cast
 from scantling.lineage import Policy
@@ -93,7 +93,7 @@ def measured(
     length = min(CHECKED_TOKENS, before.max_position_embeddings)
     ids = torch.randint(before.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     if (obstacle := _obstacle(before, after)) is not None:
-        return _streamed(before, steps, weights, policy, ids, text, obstacle)
+        return _layerwise(before, steps, weights, policy, ids, text, obstacle)
     differences: dict[str, float] = {}
     on_text: dict[str, float] = {}
     rounding: dict[str, float] = {}
@@ -133,7 +133,7 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().max())
 
 
-def _streamed(
+def _layerwise(
     before: ModelSpec,
     steps: Sequence[Step],
     weights: Tensors,
@@ -151,8 +151,8 @@ def _streamed(
     grown = applied(given, list(steps), policy)
     differences, largest = [], 0.0
     for tokens in (ids,) if text is None else (ids, text):
-        old = streamed_logits(before, given, tokens)
-        differences.append(_largest(streamed_logits(after, grown, tokens)[..., : before.vocab_size] - old))
+        old = layerwise_logits(before, given, tokens)
+        differences.append(_largest(layerwise_logits(after, grown, tokens)[..., : before.vocab_size] - old))
         largest = max(largest, _largest(old))
     on_text = None if text is None else {"float32": differences[1]}
     found = {

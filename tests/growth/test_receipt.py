@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from scantling.checkpoint import weights_of
 from scantling.cli import main
 from scantling.growth import grow_folder
-from scantling.growth.streamed import largest_part, streamed_logits
+from scantling.growth.layerwise import largest_part, layerwise_logits
 from scantling.hf_weights import cast
 from scantling.model import Decoder
 from scantling.parts import Gaussian
@@ -23,22 +23,22 @@ from tests.strategies import specs
 pytest.importorskip("transformers")
 
 
-def streamed_as_held(spec: ModelSpec) -> bool:
+def layerwise_as_held(spec: ModelSpec) -> bool:
     model, ids = random_model(spec, dtype=torch.float32), some_ids(spec)
     weights, _ = weights_of(model)
     with torch.no_grad():
-        return torch.equal(streamed_logits(spec, cast(Held(weights), torch.float32), ids), model(ids))
+        return torch.equal(layerwise_logits(spec, cast(Held(weights), torch.float32), ids), model(ids))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parts_compute_what_the_whole_does(name: str) -> None:
-    assert streamed_as_held(family(name))
+    assert layerwise_as_held(family(name))
 
 
 @settings(max_examples=times(40))
 @given(spec=specs().filter(lambda spec: not isinstance(spec.transition, Gaussian)))
 def test_of_any_model(spec: ModelSpec) -> None:
-    assert streamed_as_held(spec)
+    assert layerwise_as_held(spec)
 
 
 def test_a_part_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_a_part_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, held = family("llama"), []
     forward = torch.nn.Linear.forward
     models: list[Decoder] = []
-    monkeypatch.setattr("scantling.growth.streamed.build_meta", lambda spec: models.append(built(spec)) or models[-1])
+    monkeypatch.setattr("scantling.growth.layerwise.build_meta", lambda spec: models.append(built(spec)) or models[-1])
     from scantling.model import build_meta as built
 
     def counted(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_a_part_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return forward(self, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", counted)
-    streamed_logits(spec, Held(weights_of(random_model(spec, dtype=torch.float32))[0]), some_ids(spec))
+    layerwise_logits(spec, Held(weights_of(random_model(spec, dtype=torch.float32))[0]), some_ids(spec))
     assert held and max(held) <= largest_part(spec) < sum(each.numel() for each in models[0].parameters()) / 4
 
 

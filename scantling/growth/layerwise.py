@@ -11,7 +11,7 @@ from scantling.tensor_files import Tensors
 
 
 @torch.no_grad()
-def streamed_logits(spec: ModelSpec, tensors: Tensors, ids: Tensor) -> Tensor:
+def layerwise_logits(spec: ModelSpec, tensors: Tensors, ids: Tensor) -> Tensor:
     """What the model of a spec with these weights computes, in float32; ids and result as in `Decoder.forward`."""
     model = build_meta(spec).eval()
     for name, part in _parts(model):
