@@ -5,7 +5,6 @@ generation settings. Export brings them back unchanged, but for config.json, whi
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 
 from scantling import checkpoint
 from scantling.data.tokens import IdArray, JsonTokenizer, read_tokenizer
+from scantling.device import available_memory
 from scantling.errors import InputError
 from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
 from scantling.hf_classes import DEFAULTS, GPT2_NAMES
@@ -326,7 +326,7 @@ def _receipt(
 def _obstacle(parameters: int) -> str | None:
     if find_spec("transformers") is None:
         return "transformers is not installed (pip install 'scantling[hf]')"
-    wanted, free = 5 * parameters, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted, free = 5 * parameters, available_memory()
     return f"the model in float32 needs {wanted:,} bytes of memory, {free:,} are free" if wanted > free else None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scantling.checkpoint import weights_of
+from scantling.device import available_memory
 from scantling.growth.layerwise import largest_part, layerwise_logits
 from scantling.growth.steps import Step
 from scantling.growth.weights import applied
@@ -145,7 +146,7 @@ def _layerwise(
     """Logits compared in float32, a part of a model in memory at a time; the rest of the measured half is empty."""
     after = steps[-1].after if steps else before
     wanted = 12 * max(largest_part(before), largest_part(after))  # a part, what it is made of, and what it computes
-    if wanted > (free := free_memory()):
+    if wanted > (free := available_memory()):
         return not_measured(f"{why}; part by part it needs {wanted:,}, {free:,} are free")
     given = cast(weights, torch.float32)
     grown = applied(given, list(steps), policy)
@@ -165,15 +166,8 @@ def _layerwise(
 
 def _obstacle(before: ModelSpec, after: ModelSpec) -> str | None:
     """Why the models cannot be measured in memory."""
-    wanted, free = 8 * (parameters(before) + 3 * parameters(after)), free_memory()
+    wanted, free = 8 * (parameters(before) + 3 * parameters(after)), available_memory()
     return None if wanted <= free else f"measuring needs {wanted:,} bytes of memory, {free:,} are free"
-
-
-def free_memory() -> int:
-    """Bytes that can be had without swapping; what only caches files counts as free."""
-    with open("/proc/meminfo") as file:
-        sizes = dict(line.split(":") for line in file)
-    return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def new_entries(steps: Sequence[Step], weights: Tensors) -> dict[str, Tensor]:

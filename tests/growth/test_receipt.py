@@ -64,7 +64,7 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     (tmp_path / "text").write_text("the width of a beam")
     whole = grow_folder(tmp_path / "old", to, tmp_path / "whole", text=tmp_path / "text")
     assert whole.logit_difference is not None and whole.text_logit_difference is not None and whole.one_step is not None
-    monkeypatch.setattr("scantling.growth.receipt.free_memory", lambda: 200_000)
+    monkeypatch.setattr("scantling.growth.receipt.available_memory", lambda: 200_000)
     with pytest.raises(SystemExit) as end:
         main(f"grow {tmp_path}/old --to {to} --out {tmp_path}/parts --text {tmp_path}/text".split())
     said = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     )  # there in bfloat16
     assert parts.to_json()["max_abs_logit_difference"] == whole.logit_difference["float32"]
 
-    monkeypatch.setattr("scantling.growth.receipt.free_memory", lambda: 1000)
+    monkeypatch.setattr("scantling.growth.receipt.available_memory", lambda: 1000)
     nothing = grow_folder(tmp_path / "old", to, tmp_path / "nothing")
     assert nothing.logit_difference is None and "1,000 are free" in str(nothing.not_measured)
     assert nothing.to_json()["max_abs_logit_difference"] is None
