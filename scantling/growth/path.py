@@ -16,6 +16,7 @@ from scantling.lineage import USUAL, Policy
 from scantling.parts import (
     FFN,
     BlockDenseFFN,
+    BlockShuffleFFN,
     CarryForward,
     DenseFFN,
     ExpertFFN,
@@ -316,9 +317,9 @@ def _sizes(spec: ModelSpec, index: int, where: str, part: str, old: ExpertFFN, n
         spec = step.after
     grown = inside(spec.layers[index].ffn, part)
     if grown != new:
-        raise Inexact(
-            f"{where}: expected {show(grown.model_dump(mode='json'))}, got {show(new.model_dump(mode='json'))}"
-        )
+        why = "; ".join(_differences(where, grown.model_dump(mode="json"), new.model_dump(mode="json")))
+        shuffled = " (its permutation depends on the number of blocks)" if isinstance(grown, BlockShuffleFFN) else ""
+        raise Inexact(why + shuffled)
 
 
 def _same_routing(where: str, ffn: MoEFFN, goal: FFN) -> None:
@@ -347,14 +348,22 @@ def _rest(spec: ModelSpec, target: ModelSpec) -> Iterator[Step]:
     )
     same = same.replace(layers=layers)
     if same.dump() != target.dump():
-        ours, theirs = to_mapping(same), to_mapping(target)
-        keys = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
-        raise Inexact(
-            "; ".join(f"{key}: expected {show(ours.get(key))}, got {show(theirs.get(key))}" for key in keys)
-            + " (this changes the function)"
-        )
+        found = _differences("", to_mapping(same), to_mapping(target))
+        raise Inexact("; ".join(found) + " (this changes the function)")
     if same.dump() != spec.dump():
         yield Step("settings", "settings that do not touch the function", spec, target)
+
+
+def _differences(where: str, ours: object, theirs: object) -> list[str]:
+    """What plain data should have been, key by key."""
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return [] if ours == theirs else [f"{where}: expected {show(ours)}, got {show(theirs)}"]
+    keys = dict.fromkeys([*ours, *theirs])
+    return [
+        each
+        for key in keys
+        for each in _differences(f"{where}.{key}" if where else str(key), ours.get(key), theirs.get(key))
+    ]
 
 
 def _with_losses(old: FFN, new: FFN) -> FFN:
