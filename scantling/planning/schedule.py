@@ -78,9 +78,10 @@ def cheapest(shapes: Sequence[Trained], goal: float, start: float = math.inf) ->
     tokens = float(last.tokens(goal))
     first = float(last.tokens(start)) if math.isfinite(start) else min(FIRST, tokens / 2)
     grid = np.asarray(last.loss(np.geomspace(first, tokens, POINTS)), dtype=np.float64)
-    grid[-1] = goal
     if math.isfinite(start):
         grid[0] = start
+    close = goal + (grid[-2] - goal) * 0.5 ** np.arange(1, 40)  # a switch may come just before the end
+    grid = np.unique(np.r_[grid[:-1], close, goal])[::-1]
     cost = np.stack([shape.compute(grid) for shape in shapes])
     if not math.isfinite(start):
         grid, cost = np.r_[math.inf, grid], np.c_[np.zeros(len(shapes)), cost]

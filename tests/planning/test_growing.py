@@ -104,7 +104,7 @@ def test_search_equals_the_closed_form(
         assert large.marginal(exact) == pytest.approx(slope, rel=1e-3)
     else:
         assert [leg.shape for leg in found] == [0]
-    assert sum(leg.flops for leg in found) <= large.flops * tokens * (1 + 1e-9)
+    assert sum(leg.flops for leg in found) <= float(large.compute(goal)) * (1 + 1e-9)  # loss and back loses digits
 
 
 def test_marginal_cost_of_a_power_of_a_sum() -> None:
