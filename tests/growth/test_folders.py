@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma2": (
         "Gemma2",
         {**SIZES, "query_pre_attn_scalar": 8, "num_hidden_layers": 2},
-        WIDER | {"num_hidden_layers": 2},
+        WIDER,
     ),
     "gpt2": ("GPT2", GPT2, {"n_embd": 48, "n_head": 6, "n_inner": 60, "n_layer": 3}),
     "gpt_neox": (
