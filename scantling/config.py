@@ -59,6 +59,8 @@ class RunConfig:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The models it trains, in order, each with its first step."""
+        if not self.growth:
+            return (Stage(0, self.spec),)
         return stages(self.spec, self.growth, [self.tokens_after(step) for step in range(self.steps + 1)])
 
     def stage(self, step: int) -> Stage:
@@ -125,20 +127,17 @@ class RunConfig:
 
     def history(self, steps: int) -> list[dict[str, Any]]:
         """The stages of the first `steps` steps: what each trained, on how many tokens, for how many FLOPs."""
-        length = self.train.sequence_length
         parts = self.stage_tokens(steps)
         ends = [*(stage.first for stage, _ in parts[1:]), steps]
         return [
             {
                 "run_hash": self.hash,
                 "spec_hash": stage.spec.hash,
-                "params": int(param_counts(rows(stage.spec))["total"]),
+                "params": param_counts(rows(stage.spec))["total"],
                 "first_step": stage.first,
                 "steps": end - stage.first,
                 "tokens": tokens,
-                "train_flops": self.train_flops_after(end) - self.train_flops_after(stage.first)
-                if self.guidance
-                else train_flops(stage.spec, length, tokens),
+                "train_flops": self.train_flops_after(end) - self.train_flops_after(stage.first),
             }
             for (stage, tokens), end in zip(parts, ends, strict=True)
         ]
@@ -312,7 +311,7 @@ def resolve_run(document: Document) -> RunConfig:
         raise InputError(*dict.fromkeys(faults))
     config = RunConfig(str(name), parts["model"], parts["data"], parts["train"], labels, tuple(growth), start)
     try:
-        assert config.stages
+        _ = config.stages
     except InputError as error:
         raise InputError(*(document.fault(("growth",), fault) for fault in error.faults)) from None
     return config

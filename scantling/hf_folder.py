@@ -7,7 +7,7 @@ generation settings. Export brings them back unchanged, but for config.json, whi
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,29 +15,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from scantling import checkpoint
+from scantling.costing import param_counts
 from scantling.data.tokens import IdArray, JsonTokenizer, read_tokenizer
 from scantling.device import available_memory
 from scantling.errors import InputError
-from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
+from scantling.files import SPEC, STATE, checkpoint_folder, write_json
 from scantling.hf_classes import DEFAULTS, GPT2_NAMES
 from scantling.hf_config import OPTIONAL
 from scantling.hf_weights import cast, from_hf, main_dtype, to_hf
 from scantling.hf_writer import same_function, to_hf_config
 from scantling.model import Decoder, build_meta
 from scantling.resolve import load_spec, spec_from, to_mapping
+from scantling.rows import rows
 from scantling.spec import ModelSpec
 from scantling.tensor_files import (
     CHECKSUMS,
     Produced,
     Tensors,
     Written,
-    check_files,
     digest,
     needed,
     new_folder,
     open_tensors,
+    verify,
     write_shards,
 )
 from scantling.yamlio import load
@@ -104,14 +107,22 @@ def import_folder(source: Path, out: Path, compare: bool = True) -> Receipt:
 
 
 def write_checkpoint(
-    out: Path, spec: ModelSpec, weights: Tensors, state: Mapping[str, Any], files: list[Path] | None = None
+    out: Path,
+    spec: ModelSpec,
+    weights: Tensors,
+    state: Mapping[str, Any],
+    files: Sequence[Path] = (),
+    groups: Mapping[str, Mapping[str, Tensor]] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Written:
-    """A checkpoint folder, one tensor in memory at a time; whole or not at all.
+    """A checkpoint folder, one tensor of the weights in memory at a time; whole or not at all.
 
     Args:
         weights: the parameters of the module of `spec`.
         state: what state.json holds beside the checksums; `step` at least.
         files: go to `hugging_face/`.
+        groups: tensors beside the weights, a file each: optimizer state, averages.
+        more: JSON files to add, by name.
 
     Raises:
         InputError: the folder exists.
@@ -119,9 +130,11 @@ def write_checkpoint(
     """
     with new_folder(out, needed(weights)) as temporary:
         written = write_shards(temporary, weights)
-        write_text(temporary / SPEC, json.dumps(to_mapping(spec), indent=1) + "\n")
-        sums = {**written.sha256, SPEC: digest(temporary / SPEC)}
-        write_json(temporary / STATE, {**state, "sha256": sums})
+        for name, group in (groups or {}).items():
+            checkpoint.write_tensors(group, temporary / f"{name}.safetensors")
+        for name, content in {SPEC: to_mapping(spec), **(more or {})}.items():
+            write_json(temporary / name, content)
+        write_json(temporary / STATE, {**state, "sha256": _checksums(temporary, written)})
         if files:
             (temporary / FILES).mkdir()
             for path in files:
@@ -229,9 +242,16 @@ def _write_stock(
             write_json(temporary / name, content)
         for path in files:
             shutil.copyfile(path, temporary / path.name)
-        sums = {file.name: digest(file) for file in sorted(temporary.iterdir()) if file.name not in written.sha256}
-        write_json(temporary / CHECKSUMS, {"sha256": {**written.sha256, **sums}})
+        write_json(temporary / CHECKSUMS, {"sha256": _checksums(temporary, written)})
     return written
+
+
+def _checksums(folder: Path, written: Written) -> dict[str, str]:
+    """Of all files so far; those of the shards were taken on their way to the disk."""
+    return {
+        **{file.name: digest(file) for file in sorted(folder.iterdir()) if file.name not in written.sha256},
+        **written.sha256,
+    }
 
 
 def source_files(folder: Path) -> list[Path]:
@@ -239,21 +259,13 @@ def source_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and CARRIED.fullmatch(path.name))
 
 
-def open_checkpoint(folder: Path, check: bool = True) -> tuple[ModelSpec, Tensors]:
+def open_checkpoint(folder: Path) -> tuple[ModelSpec, Tensors]:
     """The spec and the weights of a checkpoint folder, tensors read when asked for; averaged weights where it has them.
-
-    Args:
-        check: compare all files with their checksums first.
 
     Raises:
         InputError: a file is missing, altered, or not what it should be.
     """
-    state = load(folder / STATE).value
-    if check:
-        sums = state.get("sha256")
-        if not isinstance(sums, dict):
-            raise InputError(f"{folder / STATE}: has no sha256 by file name")
-        check_files(folder, sums)
+    verify(folder, STATE)
     spec = spec_from(load(folder / SPEC).value, str(folder / SPEC))
     weights = open_tensors(folder)
     average = folder / f"{checkpoint.AVERAGE}.safetensors"
@@ -299,7 +311,7 @@ def _receipt(
     reason: str | None,
 ) -> Receipt:
     difference = largest = None
-    parameters = sum(parameter.numel() for parameter in build_meta(spec).parameters())
+    parameters = param_counts(rows(spec))["total"]
     if theirs is not None and reason is None:
         reason = _obstacle(parameters)
         if reason is None:
@@ -349,19 +361,19 @@ def logit_difference(spec: ModelSpec, ours: Tensors, theirs: Path) -> tuple[floa
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()
-    found = load_weights(spec, ours).eval()(ids)
+    found = load_weights(spec, ours)(ids)
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 
-def load_weights(spec: ModelSpec, weights: Tensors) -> Decoder:
-    """The module in float32 with these weights, which are read one at a time."""
-    model = build_meta(spec).to_empty(device="cpu").float()
+def load_weights(spec: ModelSpec, weights: Tensors, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The module with these weights, which are read one at a time, for inference."""
+    model = build_meta(spec).to(dtype).to_empty(device="cpu")
     if spec.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.tensor(name))
-    return model
+    return model.eval()
 
 
 def _name(dtype: torch.dtype) -> str:

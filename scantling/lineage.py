@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from scantling.costing import param_counts
 from scantling.errors import InputError
 from scantling.files import SPEC, STATE, checkpoint_folder
 from scantling.parts import Fraction, Frozen, Positive
+from scantling.rows import rows
 from scantling.spec import ModelSpec
 from scantling.yamlio import canonical_json, load, show
 
@@ -41,8 +43,7 @@ class Policy(Frozen):
         free: random entries are the model's own initialiser's (`initializer`), or have the standard deviation of the tensor
             they join (`matching`).
         moments: what second moments of new entries in old tensors start from: `mean` (of the tensor: no overshoot), or
-            `zero`, beside which torch's one step count per tensor makes first updates up to 6.6 times too large
-            (specs of AdamW with beta2 0.999).
+            `zero`, where torch's one step count per tensor makes their first updates up to 6.6 times too large (beta2 0.999).
         width: new coordinates, heads and inner units beside the old ones (`pad`), or whole `copies` of the old ones (integer
             multiples; arXiv 2409.12903).
         snr_db: with copies, noise on them that cancels, by its signal-to-noise ratio in dB; without it they stay equal for ever.
@@ -194,8 +195,10 @@ def find_start(entry: StartEntry, base: Path) -> Start:
     return Start(folder, entry.optimizer, identity, load(folder / SPEC).value)
 
 
-def ancestry(state: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
+def ancestry(state: Mapping[str, Any], source: str, spec: ModelSpec) -> list[dict[str, Any]]:
     """All stages that led to a checkpoint, oldest first: of earlier runs (`parents`), then of its own (`stages`).
+
+    A checkpoint that tells nothing (imported, or from before stages were kept) is one stage whose tokens and FLOPs are None.
 
     Raises:
         InputError: they are not lists of mappings with tokens and FLOPs.
@@ -203,7 +206,14 @@ def ancestry(state: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
     found = [state.get(key, []) for key in ("parents", "stages")]
     entries = [entry for part in found if isinstance(part, list) for entry in part]
     for entry in entries:
-        sizes = [entry.get(key) for key in ("tokens", "train_flops")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(size, int | float) and 0 <= size < math.inf for size in sizes):
+        sizes = [entry.get(key) for key in ("tokens", "train_flops")] if isinstance(entry, dict) else [entry]
+        if not all(size is None or (isinstance(size, int | float) and 0 <= size < math.inf) for size in sizes):
             raise InputError(f"{source}: expected stages with tokens and train_flops, got {show(entry)}")
-    return entries
+    untold = {
+        "spec_hash": spec.hash,
+        "params": param_counts(rows(spec))["total"],
+        "steps": state.get("step", 0),
+        "tokens": None,
+        "train_flops": None,
+    }
+    return entries or [untold]

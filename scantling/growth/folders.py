@@ -1,7 +1,5 @@
 """`grow`: a model, a checkpoint or a Hugging Face folder into a larger one with the same function."""
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +11,28 @@ from torch import Tensor
 from scantling import checkpoint
 from scantling.checkpoint import weights_of
 from scantling.errors import InputError
-from scantling.files import SPEC, STATE, checkpoint_folder, write_json, write_text
+from scantling.files import SPEC, STATE, checkpoint_folder
 from scantling.growth.path import path
-from scantling.growth.receipt import Receipt, held_model, measured, not_measured, parameters
-from scantling.growth.steps import Computed, Moved, Step, notes
+from scantling.growth.receipt import Receipt, measured, not_measured, receipt_of
+from scantling.growth.steps import Computed, Moved, Step
 from scantling.growth.weights import Role, applied
 from scantling.hf_folder import (
     CONFIG,
     FILES,
     carried_files,
     imported_tokenizer,
+    load_weights,
     source_files,
     stock_config,
+    write_checkpoint,
     write_stock,
 )
 from scantling.hf_weights import from_hf
 from scantling.lineage import USUAL, Policy, ancestry
 from scantling.model import Decoder
-from scantling.resolve import load_spec, spec_from, to_mapping
+from scantling.resolve import load_spec, spec_from
 from scantling.spec import ModelSpec
-from scantling.tensor_files import (
-    CHECKSUMS,
-    Held,
-    Tensors,
-    check_files,
-    digest,
-    needed,
-    new_folder,
-    open_tensors,
-    write_shards,
-)
+from scantling.tensor_files import CHECKSUMS, Held, Tensors, open_tensors, verify
 from scantling.yamlio import load
 
 RECEIPT = "growth.json"
@@ -62,7 +52,7 @@ def grow(model: Decoder, to: ModelSpec, policy: Policy = USUAL) -> Decoder:
     """
     steps = list(path(model.spec, to, policy))
     weights, _ = weights_of(model)
-    return held_model(to, applied(Held(weights), steps, policy), next(model.parameters()).dtype)
+    return load_weights(to, applied(Held(weights), steps, policy), next(model.parameters()).dtype)
 
 
 @dataclass(frozen=True)
@@ -83,25 +73,14 @@ def opened(folder: Path) -> Source:
         InputError: neither, or damaged.
     """
     if (folder / CONFIG).is_file():
-        _check_weights(folder)
+        if (folder / CHECKSUMS).is_file():
+            verify(folder, only="safetensors")
         config, spec = load(folder / CONFIG).value, load_spec(folder / CONFIG)
         return Source(folder, spec, from_hf(open_tensors(folder), config, spec), config, source_files(folder))
     found = checkpoint_folder(folder)
-    sums = load(found / STATE).value.get("sha256")
-    if not isinstance(sums, dict):
-        raise InputError(f"{found / STATE}: has no sha256 by file name")
-    check_files(found, sums)
+    verify(found, STATE)
     spec = spec_from(load(found / SPEC).value, str(found / SPEC))
     return Source(found, spec, open_tensors(found), None, carried_files(found))
-
-
-def _check_weights(folder: Path) -> None:
-    """Weights of a Hugging Face folder against the checksums of whoever wrote it, where there are any."""
-    if (folder / CHECKSUMS).is_file():
-        sums = load(folder / CHECKSUMS).value.get("sha256")
-        if not isinstance(sums, dict):
-            raise InputError(f"{folder / CHECKSUMS}: has no sha256 by file name")
-        check_files(folder, {name: sha256 for name, sha256 in sums.items() if "safetensors" in name})
 
 
 def grow_folder(
@@ -133,18 +112,15 @@ def grow_folder(
             config = stock_config(target, given.config)
         except InputError as error:
             why = str(error)
-    receipt = Receipt(
+    receipt = receipt_of(
         str(source),
         str(out),
-        [{"rule": step.rule, "text": step.text} for step in steps],
-        all(step.broken is None for step in steps),
-        parameters(given.spec),
-        parameters(target),
-        **found,
+        given.spec,
+        steps,
+        found,
         optimizer=_optimizer_text(given, policy),
         format="hugging_face" if config is not None else "scantling",
         why_own_format=why,
-        notes=notes(steps),
     )
     if config is not None:
         files = [path for path in given.files if path.name != CONFIG]
@@ -176,33 +152,9 @@ def _write_checkpoint(
     if given.config is None:
         state = load(given.folder / STATE).value
     kept = {key: value for key, value in state.items() if key != "sha256"}
-    parents = ancestry(state, str(given.folder)) or [_untold(given, kept)]
-    with new_folder(out, needed(grown)) as temporary:
-        written = write_shards(temporary, grown)
-        for name, tensors in _other_groups(given, steps, policy).items():
-            checkpoint.write_tensors(tensors, temporary / f"{name}.safetensors")
-        write_text(temporary / SPEC, json.dumps(to_mapping(target), indent=1) + "\n")
-        write_json(temporary / RECEIPT, receipt.to_json())
-        sums = dict(written.sha256)
-        for file in sorted(temporary.iterdir()):
-            sums.setdefault(file.name, digest(file))
-        write_json(temporary / STATE, {**kept, "parents": parents, "stages": [], "sha256": sums})
-        if given.files:
-            (temporary / FILES).mkdir()
-            for file in given.files:
-                shutil.copyfile(file, temporary / FILES / file.name)
-
-
-def _untold(given: Source, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The one parent of a checkpoint that tells nothing of its training."""
-    params = parameters(given.spec)
-    return {
-        "spec_hash": given.spec.hash,
-        "params": params,
-        "steps": state.get("step", 0),
-        "tokens": 0,
-        "train_flops": 0.0,
-    }
+    state = {**kept, "parents": ancestry(state, str(given.folder), given.spec), "stages": []}
+    groups = _other_groups(given, steps, policy)
+    write_checkpoint(out, target, grown, state, given.files, groups, {RECEIPT: receipt.to_json()})
 
 
 def _other_groups(given: Source, steps: list[Step], policy: Policy) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """The receipt of a growth: what was done, and measured proof that the function is the same and the new part can learn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from scantling.checkpoint import weights_of
+from scantling.costing import param_counts
 from scantling.device import available_memory
 from scantling.growth.layerwise import largest_part, layerwise_logits
-from scantling.growth.steps import Step
+from scantling.growth.steps import Step, notes
 from scantling.growth.weights import applied
+from scantling.hf_folder import load_weights
 from scantling.hf_weights import cast
 from scantling.lineage import Policy
-from scantling.model import Decoder, build_meta
 from scantling.rows import rows
 from scantling.spec import ModelSpec
 from scantling.tensor_files import Held, Tensors
@@ -66,20 +67,31 @@ class Receipt:
         return {**asdict(self), "max_abs_logit_difference": largest}
 
 
-def parameters(spec: ModelSpec) -> int:
-    """Parameters of a model."""
-    return int(sum(row.params for row in rows(spec)))
+def receipt_of(
+    source: str, out: str, before: ModelSpec, steps: Sequence[Step], proof: Mapping[str, Any], **more: Any
+) -> Receipt:
+    """The receipt of steps.
+
+    Args:
+        proof: what `measured` found.
+        more: what else the receipt holds.
+    """
+    after = steps[-1].after if steps else before
+    return Receipt(
+        source,
+        out,
+        [{"rule": step.rule, "text": step.text} for step in steps],
+        all(step.broken is None for step in steps),
+        _parameters(before),
+        _parameters(after),
+        **proof,
+        notes=notes(steps),
+        **more,
+    )
 
 
-def held_model(spec: ModelSpec, tensors: Tensors, dtype: torch.dtype) -> Decoder:
-    """The module of a spec with these weights."""
-    model = build_meta(spec).to(dtype).to_empty(device="cpu")
-    if spec.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.tensor(name))
-    return model.eval()
+def _parameters(spec: ModelSpec) -> int:
+    return int(param_counts(rows(spec))["total"])
 
 
 def measured(
@@ -102,10 +114,10 @@ def measured(
     for name, dtype in PRECISIONS.items():
         with torch.no_grad():
             given = cast(weights, dtype)
-            old = held_model(before, given, dtype)
+            old = load_weights(before, given, dtype)
             logits, words = old(ids).double(), None if text is None else old(text).double()
             del old
-            new = held_model(after, applied(given, list(steps), policy), dtype)
+            new = load_weights(after, applied(given, list(steps), policy), dtype)
             differences[name] = _largest(new(ids)[..., : before.vocab_size].double() - logits)
             if text is not None and words is not None:
                 on_text[name] = _largest(new(text)[..., : before.vocab_size].double() - words)
@@ -166,7 +178,7 @@ def _layerwise(
 
 def _obstacle(before: ModelSpec, after: ModelSpec) -> str | None:
     """Why the models cannot be measured in memory."""
-    wanted, free = 8 * (parameters(before) + 3 * parameters(after)), available_memory()
+    wanted, free = 8 * (_parameters(before) + 3 * _parameters(after)), available_memory()
     return None if wanted <= free else f"measuring needs {wanted:,} bytes of memory, {free:,} are free"
 
 
@@ -193,7 +205,7 @@ def _alive(
 ) -> tuple[float | None, float]:
     """The share of new entries a gradient reaches within two steps, and how far one step moves logits."""
     new = new_entries(steps, weights)
-    model = held_model(spec, grown, torch.float64).train()
+    model = load_weights(spec, grown, torch.float64).train()
     found, _ = weights_of(model)
     named = {name: parameter for name, parameter in model.named_parameters() if name in found}
     for table in ("embed_tokens.weight", "embed_positions.weight"):

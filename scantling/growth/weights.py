@@ -5,7 +5,7 @@ Everything is lazy: rows of a grown tensor are made when asked for, from rows of
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -33,7 +33,6 @@ class Grown(Tensors):
 
     Attributes:
         role: weights, or moments of an optimizer by the names of their weights.
-        present: for moments, the weights of `source` that have any.
     """
 
     source: Tensors
@@ -327,8 +326,3 @@ def applied(tensors: Tensors, steps: "list[Step]", policy: Policy = USUAL, role:
     for step in steps:
         tensors = Grown(tensors, step, policy, role)
     return tensors
-
-
-def named(mapping: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Entries whose names start with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in mapping.items() if name.startswith(prefix)}

@@ -292,17 +292,22 @@ def _give_back_memory() -> None:
 # --- checksums ---------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Path) -> dict[str, str]:
-    """Read every file that `checksums.json` names and compare; the checksums by file.
+def verify(folder: Path, listed: str = CHECKSUMS, only: str = "") -> dict[str, str]:
+    """Read the files that a JSON file names under `sha256` and compare; the checksums by file.
+
+    Args:
+        listed: the JSON file.
+        only: compare files with this in their names.
 
     Raises:
         InputError: no checksums, or files that are missing or altered; every fault found.
     """
-    path = folder / CHECKSUMS
+    path = folder / listed
     with readable(path):
         sums = read_json(path, path.read_bytes()).get("sha256")
     if not isinstance(sums, dict):
         raise InputError(f"{path}: expected sha256 by file name, got {show(sums)}")
+    sums = {name: sha256 for name, sha256 in sums.items() if only in name}
     check_files(folder, sums)
     return sums
 

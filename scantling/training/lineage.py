@@ -12,9 +12,9 @@ from scantling.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from scantling.config import RunConfig
 from scantling.errors import InputError
 from scantling.files import checkpoint_folders, write_json
-from scantling.growth import Receipt, grown_state, path
-from scantling.growth.receipt import measured, parameters
-from scantling.growth.steps import Step, notes
+from scantling.growth import grown_state, path
+from scantling.growth.receipt import measured, receipt_of
+from scantling.growth.steps import Step
 from scantling.growth.weights import applied
 from scantling.lineage import Stage, ancestry
 from scantling.model import Decoder, build
@@ -49,7 +49,10 @@ def started_optimizer(config: RunConfig) -> dict[str, Tensor]:
 
 def parents(config: RunConfig) -> list[dict[str, Any]]:
     """The stages of earlier runs that led to this one, oldest first."""
-    return [] if config.start is None else ancestry(_started_from(config).state, str(config.start.folder))
+    if config.start is None:
+        return []
+    found = _started_from(config)
+    return ancestry(found.state, str(found.folder), found.spec)
 
 
 def _started_from(config: RunConfig) -> Checkpoint:
@@ -99,17 +102,8 @@ def _write_receipt(out: Path, found: Checkpoint, stage: Stage, steps: tuple[Step
     assert stage.growth is not None
     with torch.random.fork_rng(devices=[]):  # measuring must not move the run's random numbers
         proof = measured(found.spec, list(steps), Held(found.group(MODEL)), stage.growth)
-    receipt = Receipt(
-        str(found.folder),
-        str(out),
-        [{"rule": step.rule, "text": step.text} for step in steps],
-        all(step.broken is None for step in steps),
-        parameters(found.spec),
-        parameters(stage.spec),
-        **proof,
-        optimizer=f"{stage.growth.optimizer}; moments {stage.growth.moments}",
-        notes=notes(steps),
-    )
+    optimizer = f"{stage.growth.optimizer}; moments {stage.growth.moments}"
+    receipt = receipt_of(str(found.folder), str(out), found.spec, steps, proof, optimizer=optimizer)
     write_json(receipt_path(out, stage), receipt.to_json())
 
 

@@ -232,14 +232,14 @@ class _Run:
     def _grow_if_due(self) -> None:
         """At a growth the last checkpoint is read back as the larger model; so a kill in between changes nothing."""
         target = self.config.stage(self.state.step).spec
-        if self.stepper.spec == target:
+        if self.state.step not in self.grows or self.stepper.spec == target:
             return
         assert self.state.saved == self.state.step
         before = self.stepper.spec
         self.state, _ = restore(self.config, self.out, self.stepper)
         self.clock = time.perf_counter()
         if not self.quiet:
-            sizes = [f"{int(param_counts(rows(spec))['total']):,}" for spec in (before, target)]
+            sizes = [f"{param_counts(rows(spec))['total']:,}" for spec in (before, target)]
             print(f"step {self.state.step}: grown from {sizes[0]} to {sizes[1]} parameters", file=sys.stderr)
 
     def _roll_back(self) -> None:
@@ -288,6 +288,9 @@ class _Run:
             costs = flops_per_token(rows(stage.spec), train.sequence_length)
             flops = {name: total + float(costs[name]) * trained for name, total in flops.items()}
         performed = config.train_flops_after(state.step)
+        earlier = [parent["train_flops"] for parent in state.parents]
+        if None in earlier:
+            self.warnings.append("what the weights it began with cost is not known; train_cumulative leaves it out")
         guides = performed - flops["train"]
         speed = tokens / state.seconds if state.seconds else 0.0
         rate = performed / state.seconds if state.seconds else 0.0
@@ -306,7 +309,7 @@ class _Run:
                 "train": performed,
                 "train_causal": flops["train_causal"] + guides,
                 "guides": guides,
-                "train_cumulative": performed + sum(float(parent["train_flops"]) for parent in state.parents),
+                "train_cumulative": performed + sum(float(flops) for flops in earlier if flops is not None),
             },
             tokens=tokens,
             steps=state.step,

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from scantling.checkpoint import weights_of
 from scantling.growth.path import path
-from scantling.growth.receipt import held_model
 from scantling.growth.steps import Step
 from scantling.growth.weights import applied
+from scantling.hf_folder import load_weights
 from scantling.lineage import Policy
 from scantling.model import Decoder, build
 from scantling.spec import ModelSpec
@@ -35,7 +35,7 @@ def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.floa
 def grown_model(model: Decoder, steps: Sequence[Step], policy: Policy | None = None) -> Decoder:
     weights, _ = weights_of(model)
     tensors = applied(Held(weights), list(steps), policy or Policy())
-    return held_model(steps[-1].after if steps else model.spec, tensors, next(model.parameters()).dtype)
+    return load_weights(steps[-1].after if steps else model.spec, tensors, next(model.parameters()).dtype)
 
 
 def some_ids(spec: ModelSpec, seed: int = 0, shape: tuple[int, int] = (2, 7)) -> Tensor:

@@ -12,8 +12,9 @@ from scantling import checkpoint
 from scantling.checkpoint import optimizer_tensors, weights_of
 from scantling.errors import InputError, RunError
 from scantling.growth import Policy, grow, grow_folder, grown_state, path
-from scantling.growth.receipt import held_model, new_entries
+from scantling.growth.receipt import new_entries
 from scantling.growth.weights import applied
+from scantling.hf_folder import load_weights
 from scantling.model import Decoder
 from scantling.resolve import load_spec, spec_from, to_yaml
 from scantling.spec import ModelSpec
@@ -210,7 +211,7 @@ def test_a_checkpoint_grows_with_its_optimizer(tmp_path: Path) -> None:
     assert loaded.spec.dump() == target.dump()
     (parent,) = loaded.state["parents"]
     assert parent["spec_hash"] == spec.hash and parent["steps"] == loaded.state["step"] == 3
-    model = held_model(target, Held(loaded.group("model")), torch.float32)
+    model = load_weights(target, Held(loaded.group("model")), torch.float32)
     shapes = {name: tuple(value.shape) for name, value in weights_of(model)[0].items()}
     for name, value in loaded.group("optimizer").items():
         key, _, owner = name.partition(".")
@@ -238,7 +239,7 @@ def test_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr("scantling.growth.folders.write_shards", full)
+        patch.setattr("scantling.hf_folder.write_shards", full)
         refused(tmp_path, tmp_path / "run", {"intermediate_size": 30}, RunError)
     weights = source / "model.safetensors"
     whole = weights.read_bytes()

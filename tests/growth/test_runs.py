@@ -17,6 +17,7 @@ from scantling.costing import flops_per_token
 from scantling.errors import InputError, RunError
 from scantling.files import checkpoint_folders
 from scantling.growth import grow, grow_folder
+from scantling.hf_folder import export_checkpoint, import_folder
 from scantling.laws.cleaning import clean
 from scantling.record import find_records, read_record, to_frame
 from scantling.rows import rows
@@ -257,6 +258,20 @@ def test_a_run_starts_from_a_grown_checkpoint(corpus: Path, parent: Path, tmp_pa
     assert train(load_run(tmp_path / "run/config.yaml"), tmp_path / "run", quiet=True) == record
     with pytest.raises(InputError, match="no such file"):
         train(load_run(tmp_path / "run/config.yaml"), tmp_path / "another", quiet=True)
+
+
+def test_weights_from_elsewhere_are_no_run_from_scratch(corpus: Path, parent: Path, tmp_path: Path) -> None:
+    """An imported checkpoint tells nothing of its training: its cost is said to be unknown, and no law is fitted to the run."""
+    export_checkpoint(parent, tmp_path / "stock")
+    import_folder(tmp_path / "stock", tmp_path / "imported")
+    value = {key: item for key, item in growing(corpus).items() if key not in ("model", "growth")}
+    record = train(
+        resolved({**value, "start": {"checkpoint": str(tmp_path / "imported")}}), tmp_path / "run", quiet=True
+    )
+    assert [entry["train_flops"] for entry in record.parents] == [None]
+    assert record.flops["train_cumulative"] == record.flops["train"]
+    assert any("cost is not known" in warning for warning in record.warnings)
+    assert to_frame([(tmp_path, record)])["grown"].all() and read_record(tmp_path / "run") == record
 
 
 def test_a_kept_optimizer_goes_on(corpus: Path, parent: Path, tmp_path: Path) -> None:
